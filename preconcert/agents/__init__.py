@@ -1,0 +1,6 @@
+"""Agents: the generative team and the channel its members talk through."""
+
+from preconcert.agents.channel import ChannelMode, ChannelSettings, TextChannel
+from preconcert.agents.team import AgentSettings, Context, GenerativeTeam
+
+__all__ = ["AgentSettings", "ChannelMode", "ChannelSettings", "Context", "GenerativeTeam", "TextChannel"]

@@ -1,0 +1,237 @@
+"""The generative team: every agent's turns written by one language model, in one batch.
+
+An agent is a name; `assignment` says which adapter writes for it. One `decide` call turns all requests into prompts,
+makes a single `generate` call with the adapters mixed, and parses what came back. A turn that does not parse is a
+record with `malformed` set and the task's default action.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from preconcert.core import (
+    Forecast,
+    GrammarError,
+    Intention,
+    Message,
+    Span,
+    SpanKind,
+    TaskLanguage,
+    Turn,
+    TurnRequest,
+    UnknownNameError,
+)
+from preconcert.models.language_model import Completion, CompletionEnd, GenerateRequest, LanguageModel
+from preconcert.prompts import SpanSettings, TurnContent, TurnFormat
+
+
+class Context(StrEnum):
+    """What an agent's prompt holds."""
+
+    TURN = "turn"
+    """The present observation, the inbox and a short memory: one training row per turn."""
+    TRANSCRIPT = "transcript"
+    """Everything since the episode began, append-only: one training row per agent and episode."""
+
+
+class AgentSettings(BaseModel):
+    """How an agent reads and writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spans: SpanSettings = SpanSettings()
+    """The parts of a turn."""
+    context: Context = Context.TURN
+    """What the prompt holds. The starter model learns in `turn` only."""
+    memory: int = Field(0, ge=0, le=16)
+    """How many of its own last actions an agent is reminded of (context `turn`)."""
+    constrained: bool = True
+    """Allow only tokens that the grammar allows, in sampling and in the loss."""
+    max_tokens: int = Field(96, ge=1)
+    """Tokens per turn at the most, where the grammar does not bound them."""
+
+
+@dataclass(slots=True)
+class _Thread:
+    """What is remembered of one agent in one running episode."""
+
+    actions: list[str] = field(default_factory=list)
+    ids: tuple[int, ...] = ()
+    ended_with_eos: bool = True
+
+
+class GenerativeTeam:
+    """A `Policy` for any number of agents on one language model.
+
+    Args:
+        model: the backend.
+        language: the task's vocabularies.
+        settings: how agents read and write.
+        assignment: adapter by agent name; None for the base model.
+        temperature: 0 decides greedily.
+        version: number of updates behind the adapters.
+
+    Raises:
+        UnknownNameError: an adapter that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        language: TaskLanguage,
+        settings: AgentSettings,
+        assignment: Mapping[str, str | None],
+        temperature: float = 1.0,
+        version: int = 0,
+    ) -> None:
+        for adapter in assignment.values():
+            if adapter is not None and adapter not in model.adapters:
+                raise UnknownNameError("adapter", adapter, model.adapters)
+        self.model = model
+        self.settings = settings
+        self.assignment = dict(assignment)
+        self.temperature = temperature
+        self.version = version
+        self.format = TurnFormat(model.tokenizer, language, settings.spans, settings.memory)
+        self.language = language
+        self._threads: dict[tuple[str, str], _Thread] = {}
+
+    def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
+        """One turn per request, from a single batch.
+
+        Raises:
+            UnknownNameError: a request for an agent that the team does not have.
+        """
+        prompts = [self._prompt(request) for request in requests]
+        transcript = self.settings.context is Context.TRANSCRIPT
+        completions = self.model.generate(
+            [
+                GenerateRequest(
+                    prompt_ids=prompt,
+                    seed=request.seed,
+                    adapter=self._adapter(request.agent),
+                    automaton=self.format.automaton(request.others, request.observation.legal_actions)
+                    if self.settings.constrained
+                    else None,
+                    max_tokens=self.settings.max_tokens,
+                    temperature=self.temperature,
+                    session=f"{request.episode}/{request.agent}" if transcript else None,
+                )
+                for request, prompt in zip(requests, prompts, strict=True)
+            ]
+        )
+        return [
+            self._turn(request, prompt, completion)
+            for request, prompt, completion in zip(requests, prompts, completions, strict=True)
+        ]
+
+    def finish(self, episode: str) -> None:
+        """Let go of an episode's memory and caches."""
+        for key in [key for key in self._threads if key[0] == episode]:
+            del self._threads[key]
+            self.model.close_session(f"{key[0]}/{key[1]}")
+
+
+    def _adapter(self, agent: str) -> str | None:
+        if agent not in self.assignment:
+            raise UnknownNameError("agent", agent, self.assignment)
+        return self.assignment[agent]
+
+    def _prompt(self, request: TurnRequest) -> tuple[int, ...]:
+        thread = self._threads.setdefault((request.episode, request.agent), _Thread())
+        if thread.ids:
+            return thread.ids + self.format.followup_ids(
+                request.agent, request.observation, request.inbox, request.others, thread.ended_with_eos
+            )
+        return self.format.prompt_ids(
+            request.agent, request.observation, request.inbox, request.others, thread.actions
+        )
+
+    def _turn(self, request: TurnRequest, prompt: tuple[int, ...], completion: Completion) -> Turn:
+        legal = request.observation.legal_actions
+        spans: tuple[Span, ...] = ()
+        content: TurnContent | None = None
+        try:
+            content, spans = self.format.parse(completion.ids, request.others, legal)
+        except GrammarError:
+            content = None
+        if content is None:
+            default = self.language.default_action
+            action = default if default in legal else legal[0]
+        else:
+            action = content.action
+        thread = self._threads[(request.episode, request.agent)]
+        thread.actions.append(action)
+        if self.settings.context is Context.TRANSCRIPT:
+            thread.ids = prompt + completion.ids
+            thread.ended_with_eos = completion.ended is not CompletionEnd.LENGTH
+        return Turn(
+            agent=request.agent,
+            step=request.observation.step,
+            observation=request.observation,
+            inbox=request.inbox,
+            prompt_ids=prompt,
+            completion_ids=completion.ids,
+            logprobs=completion.logprobs,
+            sampled=completion.sampled,
+            spans=spans,
+            intentions=_intentions(content, spans, completion),
+            forecast=_forecast(content, self.language),
+            message=_message(content, spans, completion, request),
+            action=action,
+            malformed=content is None,
+            reward=0.0,
+            text=self.format.text(completion.ids),
+            adapter=self._adapter(request.agent),
+        )
+
+
+def _logprob(completion: Completion, spans: Sequence[Span]) -> float:
+    return sum(sum(completion.logprobs[span.start : span.end]) for span in spans)
+
+
+def _intentions(
+    content: TurnContent | None, spans: Sequence[Span], completion: Completion
+) -> tuple[Intention, ...]:
+    if content is None:
+        return ()
+    return tuple(
+        Intention(
+            about,
+            actions,
+            math.exp(_logprob(completion, [s for s in spans if s.kind is SpanKind.INTEND and s.slot == about])),
+        )
+        for about, actions in content.intentions.items()
+    )
+
+
+def _forecast(content: TurnContent | None, language: TaskLanguage) -> Forecast | None:
+    if content is None or not (content.forecast or content.reward):
+        return None
+    names = [slot.name for slot in language.forecast]
+    return Forecast(
+        dict(zip(names, content.forecast, strict=True)) if content.forecast else {},
+        content.reward,
+        None if content.done is None else content.done == "yes",
+    )
+
+
+def _message(
+    content: TurnContent | None, spans: Sequence[Span], completion: Completion, request: TurnRequest
+) -> Message | None:
+    if content is None or not content.message or not request.others:
+        return None
+    said = [span for span in spans if span.kind is SpanKind.SAY]
+    return Message(
+        sender=request.agent,
+        recipients=request.others,
+        payload=" ".join(content.message),
+        bits=-_logprob(completion, said) / math.log(2.0) + 0.0,
+        tokens=sum(span.end - span.start for span in said),
+        sent_at=request.observation.step,
+    )

@@ -1,0 +1,314 @@
+"""Recipes from files: YAML, dotted overrides on top, one pydantic model in the end.
+
+Whatever cannot be used becomes one line that names the key, the value and what would have been accepted. YAML is read by
+the rules of version 1.2, where `on` and `off` are words and `1e-3` is a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from preconcert.core import ConfigError, UnknownNameError, nearest
+from preconcert.envs import make_env, task_class
+from preconcert.training.recipe import STARTER, Recipe
+
+RECIPE_FILE = "recipe.json"
+"""What a run folder keeps its recipe in."""
+
+PLAY_KEYS = ("params", "agent", "channel")
+"""Parts of a recipe that say how a finished run plays; the rest made it and cannot be changed afterwards."""
+
+ALIASES = {"messages": "channel.mode", "drop": "channel.drop"}
+"""Short forms for evaluation."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides and check everything that can be checked before a run.
+
+    Args:
+        path: a YAML file, a run folder, or a run's recipe.json.
+        overrides: `dotted.key=value`, values as in YAML.
+
+    Raises:
+        ConfigError: in one or two lines, what is wrong and what would be right.
+    """
+    file = path / RECIPE_FILE if path.is_dir() else path
+    content = _read(file)
+    for override in overrides:
+        key, value = parse_override(override)
+        _set(content, key.split("."), value, key)
+    recipe = _recipe(content)
+    check_play(recipe)
+    _check_names(recipe)
+    return recipe
+
+
+def override_play(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The same run played otherwise.
+
+    Args:
+        recipe: of the run.
+        overrides: of `params`, `agent` and `channel`; `messages` and `drop` are short for two of them.
+
+    Raises:
+        ConfigError: an unknown key or value, or a key that only training reads.
+    """
+    content = json.loads(recipe.model_dump_json())
+    for override in overrides:
+        key, value = parse_override(override)
+        key = ALIASES.get(key, key)
+        top = key.partition(".")[0]
+        if top not in PLAY_KEYS:
+            if top in Recipe.model_fields:
+                raise ConfigError(f"{key} belongs to training; a finished run takes {_listed([*PLAY_KEYS, *ALIASES])}")
+            raise ConfigError(f"unknown key {key!r}; {nearest(key, [*PLAY_KEYS, *ALIASES])}")
+        _set(content, key.split("."), value, key)
+    changed = _recipe(content)
+    check_play(changed)
+    return changed
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`dotted.key=value` as key and value.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
+        raise ConfigError(f"override {text!r} is not of the form key=value")
+    try:
+        return key, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: {_problem(error)}") from None
+
+
+def check_play(recipe: Recipe) -> None:
+    """Try the task's name and parameters.
+
+    Raises:
+        ConfigError: the task, one of its parameters or a channel's mode cannot be used.
+    """
+    found = task_class(recipe.task)
+    params = getattr(found, "Params", None)
+    if isinstance(params, type) and issubclass(params, BaseModel):
+        try:
+            params.model_validate(dict(recipe.params))
+        except ValidationError as error:
+            raise ConfigError(describe(error, params, dict(recipe.params), "params.")) from None
+    make_env(recipe.task, recipe.params, 0, "train")
+
+
+def describe(error: ValidationError, model: type[BaseModel], content: Any, prefix: str = "") -> str:
+    """The first thing that pydantic found, in one line.
+
+    Args:
+        error: what pydantic says.
+        model: what was validated against.
+        content: what was validated.
+        prefix: goes before every key.
+    """
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    path = _path(first["loc"], content, first["type"])
+    key = prefix + ".".join(path)
+    value = _short(first.get("input"))
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(path, model, prefix, content)
+    if kind == "missing":
+        return f"{key} is missing"
+    siblings = [one for one in errors if _path(one["loc"], content, one["type"]) == path]
+    words = [word for one in siblings for word in re.findall(r"'([^']*)'", str(one.get("ctx", {}).get("expected", "")))]
+    if words:
+        given = first.get("input")
+        hint = nearest(given, words) if isinstance(given, str) else f"known: {', '.join(words)}"
+        return f"unknown {key} {value}; {hint}"
+    wanted = _expected(kind, context)
+    if wanted is not None:
+        return f"{key} = {value}: expected {wanted}"
+    return f"{key + ' = ' + value + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As always, after a look for repeated keys."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _number(loader.construct_scalar(node)))
+
+
+def _number(text: str) -> float:
+    return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        if file.name == RECIPE_FILE and file.parent.is_dir():
+            raise ConfigError(f"{str(file.parent)!r} is not a run folder: it has no {RECIPE_FILE}")
+        raise ConfigError(f"no recipe at {str(file)!r}; {_nearest_recipe(file)}")
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(file)!r}: {_problem(error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(file)!r} is not a recipe: it must be a mapping of keys, e.g. `task: rendezvous`")
+    return content
+
+
+def _nearest_recipe(file: Path) -> str:
+    folders = dict.fromkeys((file.parent, Path("recipes")))
+    found = {path.name: path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.y*ml"))}
+    close = difflib.get_close_matches(file.name, found, n=1, cutoff=0.4)
+    stem = difflib.get_close_matches(file.stem, [Path(name).stem for name in found], n=1, cutoff=0.5)
+    if not close and stem:
+        close = [name for name in found if Path(name).stem == stem[0]]
+    if close:
+        return f"did you mean {str(found[close[0]])!r}?"
+    return f"known: {', '.join(map(str, found.values())) or 'none'}"
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    said = " ".join(str(getattr(error, "problem", None) or error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}" if mark is not None else said
+
+
+def _set(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
+    """Put a value where a dotted key says, making mappings on the way."""
+    place = content
+    for part in path[:-1]:
+        inner = place.get(part)
+        if not isinstance(inner, dict):
+            inner = place[part] = {}
+        place = inner
+    place[path[-1]] = value
+
+
+def _recipe(content: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(describe(error, Recipe, content)) from None
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Agents, adapters and the model's name."""
+    from preconcert.training.run import assign
+
+    assign(recipe, make_env(recipe.task, recipe.params, 0, "train"))
+    name = recipe.model
+    if name != STARTER and not Path(name).expanduser().exists() and difflib.get_close_matches(name, [STARTER], cutoff=0.5):
+        raise UnknownNameError("model", name, [STARTER])
+
+
+def _path(loc: Sequence[int | str], content: Any, kind: str) -> list[str]:
+    """The keys of a location, without the tags that pydantic adds for unions."""
+    path: list[str] = []
+    for number, part in enumerate(loc):
+        if isinstance(content, Mapping) and part in content:
+            content = content[part]
+        elif isinstance(part, int) and isinstance(content, Sequence) and part < len(content):
+            content = content[part]
+        elif not (kind == "missing" and number + 1 == len(loc)):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _unknown_key(path: Sequence[str], model: type[BaseModel], prefix: str, content: Any) -> str:
+    level: type[BaseModel] | None = model
+    for part in path[:-1]:
+        level = _model_of(level, part) if level is not None else None
+        content = content[part]
+    key, name = prefix + ".".join(path), path[-1]
+    known = list(level.model_fields) if level is not None else []
+    before = prefix + "".join(f"{part}." for part in path[:-1])
+    hints = [before + close for close in difflib.get_close_matches(name, known, n=1, cutoff=0.8)]
+    hints += [prefix + full for full in _all_keys(model) if full.rpartition(".")[2] == name]
+    hints += [before + close for close in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    hint = f"did you mean {hints[0]!r}?" if hints else f"known: {', '.join(known)}"
+    return f"unknown key {key!r} = {_short(content[name])}; {hint}"
+
+
+def _model_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(name)
+    found = field.annotation if field is not None else None
+    return found if isinstance(found, type) and not get_args(found) and issubclass(found, BaseModel) else None
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name in model.model_fields:
+        yield prefix + name
+        inner = _model_of(model, name)
+        if inner is not None:
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping of keys",
+    "mapping": "a mapping of keys",
+    "model": "a mapping of keys",
+}
+
+
+def _expected(kind: str, context: Mapping[str, Any]) -> str | None:
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return f"{words} {context[key]:g}"
+    return _KINDS.get(kind.partition("_")[0])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,43 @@
+"""The worldview: records, protocols, errors and seeds. Read this folder first.
+
+An `Env` shows each agent an `Observation`; a `Policy` answers with `Turn`s (what an agent intends, foresees, says and
+does, as sampled tokens); finished play is an `Episode` of `Trajectory` by agent name. Finished data is frozen.
+"""
+
+from preconcert.core.episode import Episode, StopReason, Trajectory
+from preconcert.core.errors import (
+    ConfigError,
+    EnvError,
+    GateError,
+    GrammarError,
+    ModelError,
+    PreconcertError,
+    StoreError,
+    TrainingError,
+    UnknownNameError,
+    nearest,
+)
+from preconcert.core.intention import Forecast, Intention
+from preconcert.core.language import Slot, TaskLanguage, Truth
+from preconcert.core.message import Message
+from preconcert.core.observation import Observation, StepResult
+from preconcert.core.protocols import Codec, Env, Imagined, Planner, Player, Policy, TurnRequest, WorldModel
+from preconcert.core.seeds import derive_seed, uniforms
+from preconcert.core.store import (
+    StoredEpisodes,
+    append_episodes,
+    dump_episode,
+    keep_episodes_before,
+    load_episodes,
+    parse_episode,
+)
+from preconcert.core.turn import Decision, Span, SpanKind, Turn
+
+__all__ = [
+    "Codec", "ConfigError", "Decision", "Env", "EnvError", "Episode", "Forecast", "GateError", "GrammarError",
+    "Imagined", "Intention", "Message", "ModelError", "Observation", "Planner", "Player", "Policy", "PreconcertError",
+    "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage",
+    "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "WorldModel",
+    "append_episodes", "derive_seed", "dump_episode", "keep_episodes_before", "load_episodes", "nearest",
+    "parse_episode", "uniforms",
+]

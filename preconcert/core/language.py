@@ -1,0 +1,43 @@
+"""What can be said in a task: the closed vocabularies of its actions, messages and forecasts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Truth(StrEnum):
+    """Where the true value of a message slot is known from once the episode is over."""
+
+    NONE = "none"
+    """The slot is the speaker's choice; nothing says afterwards what it should have been."""
+    OWN_NEXT_ACTION = "own_next_action"
+    """The slot announces the speaker's action one step later; hindsight can fill it in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One word position with a closed set of words."""
+
+    name: str
+    """What the word stands for, e.g. `row`."""
+    choices: tuple[str, ...]
+    """The words allowed here, each without white space."""
+    truth: Truth = Truth.NONE
+    """For message slots: whether hindsight knows the right word."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLanguage:
+    """The closed vocabularies of one task; the same for every agent and every step."""
+
+    actions: tuple[str, ...]
+    """Every action any agent may ever take; `Observation.legal_actions` is a subset of it."""
+    message: tuple[Slot, ...] = ()
+    """The words of one message, in order. Empty: agents cannot talk."""
+    forecast: tuple[Slot, ...] = ()
+    """The observation fields an agent foretells, in order; each name is a key of `Observation.fields`."""
+    rewards: tuple[str, ...] = ()
+    """The rewards of one step as words, e.g. `("0", "1")`; empty: rewards are not foretold."""
+    default_action: str = ""
+    """The action taken for a turn that cannot be parsed; empty means the first legal one."""

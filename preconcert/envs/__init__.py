@@ -1,0 +1,20 @@
+"""Text-grounded tasks: the built-in ones, how to name one, how to test one, and PettingZoo both ways.
+
+`Task` is only what the built-in tasks share. A user's own environment follows the `Env` protocol of `preconcert.core`,
+is named `module:Class`, and is tested with `check_env`.
+"""
+
+from preconcert.envs.box_push import BoxPush, BoxPushParams
+from preconcert.envs.check import check_env
+from preconcert.envs.pettingzoo_in import FromPettingZoo, from_pettingzoo
+from preconcert.envs.pettingzoo_out import PettingZooTask, to_pettingzoo
+from preconcert.envs.registry import make_env, register, task_class, tasks
+from preconcert.envs.rendezvous import Rendezvous, RendezvousParams
+from preconcert.envs.signal import Signal, SignalParams
+from preconcert.envs.task import PLAYERS, SPLITS, Task, TaskParams, split_of
+
+__all__ = [
+    "PLAYERS", "SPLITS", "BoxPush", "BoxPushParams", "FromPettingZoo", "PettingZooTask", "Rendezvous",
+    "RendezvousParams", "Signal", "SignalParams", "Task", "TaskParams", "check_env", "from_pettingzoo", "make_env",
+    "register", "split_of", "task_class", "tasks", "to_pettingzoo",
+]

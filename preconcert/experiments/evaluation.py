@@ -1,0 +1,342 @@
+"""Evaluation: a run's team, its warm start, the task's own players and the message controls on the same held-out seeds.
+
+Parts: `Arm` (who plays, and over which channel), `heldout_specs`, `Players` (a run's policies from one load of its
+model), `evaluate` and the `Evaluation` it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from preconcert.agents import ChannelMode, ChannelSettings, GenerativeTeam
+from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
+from preconcert.envs import make_env, task_class
+from preconcert.experiments.provenance import commit, machine, versions
+from preconcert.training.measures import Measures, measure
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter, Silent
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.run import assign, load_model, load_recipe_of, write_json
+
+FOLDER = "eval"
+"""Where a run keeps its evaluations."""
+_WARM = "warm-start-"
+"""Goes before an adapter's name where it is loaded as it was before reinforcement learning."""
+_SIDE_BY_SIDE = 256
+"""Episodes played at once."""
+
+
+class Who(StrEnum):
+    """Who plays."""
+
+    RANDOM = "random"
+    """Uniform over legal actions and words."""
+    SCRIPTED = "scripted"
+    """The imperfect script that the warm start imitates."""
+    WARM = "warm"
+    """The team before reinforcement learning."""
+    TRAINED = "trained"
+    """The team after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of playing the same task seeds."""
+
+    name: str
+    who: Who
+    channel: ChannelSettings
+    greedy: bool = False
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        if self.who is Who.RANDOM:
+            title = "random"
+        elif self.who is Who.SCRIPTED:
+            title = "imperfect script"
+        else:
+            title = f"{'warm start' if self.who is Who.WARM else 'trained'}, {'greedy' if self.greedy else 'sampled'}"
+        if self.channel.mode is not ChannelMode.ON:
+            title += f", messages {self.channel.mode.value}"
+        return title + (f", {self.channel.drop:.0%} lost" if self.channel.drop else "")
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """What an arm did."""
+
+    arm: Arm
+    measures: Measures
+    wall_s: float
+
+    def figures(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "title": self.arm.title,
+            "who": self.arm.who.value,
+            "greedy": self.arm.greedy,
+            "channel": self.arm.channel.model_dump(mode="json"),
+            **asdict(self.measures),
+            "wall_s": self.wall_s,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Every arm's figures, one of them in front."""
+
+    run: str
+    task: str
+    params: Mapping[str, Any]
+    seed: int
+    main: str
+    """Name of the arm that was asked for."""
+    arms: tuple[ArmResult, ...]
+    no_message_ceiling: float | None
+    """The success that no team without messages can exceed; None where it is not known."""
+    overrides: Mapping[str, Any]
+    """What differs from the run's recipe, by dotted key."""
+    made: Mapping[str, Any]
+    """Versions, commit, machine and time."""
+
+    def __getitem__(self, name: str) -> ArmResult:
+        for result in self.arms:
+            if result.arm.name == name:
+                return result
+        raise UnknownNameError("arm", name, [result.arm.name for result in self.arms])
+
+    def to_json(self) -> dict[str, Any]:
+        """The main arm's figures at the top, all arms below."""
+        figures = self[self.main].figures()
+        return {
+            "run": self.run,
+            "task": self.task,
+            "params": dict(self.params),
+            "split": "heldout",
+            "seed": self.seed,
+            "arm": self.main,
+            **{key: figures[key] for key in figures if key != "title"},
+            "no_message_ceiling": self.no_message_ceiling,
+            "overrides": dict(self.overrides),
+            "arms": {result.arm.name: result.figures() for result in self.arms},
+            **self.made,
+        }
+
+
+class Players:
+    """The policies of a finished run.
+
+    Args:
+        run: the run folder.
+        recipe: its recipe, perhaps played otherwise.
+        adapters: `adapters`, or `warm` for a run that has not been through reinforcement learning.
+
+    Raises:
+        ConfigError: the run is not finished.
+        ModelError: its model or one of its adapters cannot be loaded.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, adapters: str = "adapters") -> None:
+        self.recipe = recipe
+        self.env: Env = make_env(recipe.task, recipe.params, 0, "heldout")
+        self.assignment = assign(recipe, self.env)
+        self.model = load_model(recipe, run, run / adapters)
+        self._warm = run / "warm"
+
+    def team(self, greedy: bool = False, warm: bool = False) -> GenerativeTeam:
+        """The trained team, or the warm start."""
+        assignment: dict[str, str | None] = dict(self.assignment)
+        if warm:
+            for name in dict.fromkeys(self.assignment.values()):
+                if _WARM + name not in self.model.adapters:
+                    self.model.load_adapter(_WARM + name, self._warm / name)
+            assignment = {agent: _WARM + name for agent, name in self.assignment.items()}
+        temperature = 0.0 if greedy else 1.0
+        return GenerativeTeam(self.model, self.env.language, self.recipe.agent, assignment, temperature)
+
+    def policy(self, arm: Arm) -> Policy:
+        """Who plays an arm."""
+        if arm.who in (Who.RANDOM, Who.SCRIPTED):
+            return ScriptedPolicy(arm.who.value)
+        return self.team(arm.greedy, arm.who is Who.WARM)
+
+
+def heldout_specs(recipe: Recipe, episodes: int, seed: int) -> list[EpisodeSpec]:
+    """The first `episodes` held-out instances; the same for everyone who plays the task with this seed."""
+    seeds: dict[int, None] = {}
+    number = 0
+    while len(seeds) < episodes:
+        seeds[derive_seed(seed, "eval", number) % 2**31] = None
+        number += 1
+    return [EpisodeSpec(recipe.task, recipe.params, each, "heldout") for each in seeds]
+
+
+def play(
+    specs: Sequence[EpisodeSpec],
+    policy: Policy,
+    channel: ChannelSettings,
+    seed: int,
+    reporter: Reporter | None = None,
+) -> list[Episode]:
+    """Play instances in parts of at most 256 side by side, equally large, since shuffling needs company."""
+    parts = max(1, math.ceil(len(specs) / _SIDE_BY_SIDE))
+    episodes: list[Episode] = []
+    for part in range(parts):
+        some = specs[len(specs) * part // parts : len(specs) * (part + 1) // parts]
+        episodes += rollout(some, policy, channel, derive_seed(seed, "eval"))
+        if reporter is not None:
+            reporter.advance(len(episodes))
+    return episodes
+
+
+def standard_arms(recipe: Recipe, env: Env) -> list[Arm]:
+    """Baselines, the warm start and the trained team, sampled and greedy, and the shuffled control."""
+    channel = recipe.channel
+    arms = [Arm("random", Who.RANDOM, channel)]
+    if hasattr(env, "player"):
+        arms.append(Arm("scripted", Who.SCRIPTED, channel))
+    for who in (Who.WARM, Who.TRAINED):
+        arms += [Arm(who.value, who, channel), Arm(f"{who.value}-greedy", who, channel, greedy=True)]
+    if recipe.agent.spans.say and env.language.message and channel.mode is ChannelMode.ON:
+        shuffled = channel.model_copy(update={"mode": ChannelMode.SHUFFLED})
+        arms.append(Arm("trained-shuffled", Who.TRAINED, shuffled))
+    return arms
+
+
+def override_arms(held: ChannelSettings, asked: ChannelSettings) -> list[Arm]:
+    """The trained team over a channel that is not the run's own."""
+    if asked == held:
+        return []
+    parts = [asked.mode.value] if asked.mode != held.mode else []
+    parts += [f"drop{asked.drop:g}"] if asked.drop != held.drop else []
+    name = "-".join([Who.TRAINED.value, *parts])
+    return [Arm(name, Who.TRAINED, asked), Arm(f"{name}-greedy", Who.TRAINED, asked, greedy=True)]
+
+
+def evaluate(
+    run: Path,
+    changed: Recipe | None = None,
+    episodes: int | None = None,
+    seed: int = 0,
+    greedy: bool = False,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Play every arm on the same held-out seeds, measure, and keep the figures under RUN/eval/.
+
+    Args:
+        run: a finished run's folder.
+        changed: its recipe with other `params`, `agent` or `channel`. Task and agents change for all arms; another
+            channel adds arms of its own, and those then stand in front.
+        episodes: per arm; by default as many as the recipe says.
+        seed: of the task instances and of every choice.
+        greedy: put the greedy arm in front.
+        reporter: receives progress.
+
+    Raises:
+        ConfigError: the run is not finished.
+        ModelError: its model or one of its adapters cannot be loaded.
+    """
+    reporter = reporter or Silent()
+    held = load_recipe_of(run)
+    recipe = changed or held
+    count = episodes or held.evaluation.episodes
+    players = Players(run, recipe)
+    own = recipe.model_copy(update={"channel": held.channel})
+    arms = standard_arms(own, players.env)
+    extra = override_arms(held.channel, recipe.channel)
+    known = {(arm.who, arm.channel, arm.greedy): arm.name for arm in arms}
+    arms += [arm for arm in extra if (arm.who, arm.channel, arm.greedy) not in known]
+    wanted = (Who.TRAINED, recipe.channel, greedy)
+    main = next(arm.name for arm in arms if (arm.who, arm.channel, arm.greedy) == wanted)
+    specs = heldout_specs(recipe, count, seed)
+    results: list[ArmResult] = []
+    for arm in arms:
+        reporter.stage(arm.title, count)
+        started = time.perf_counter()
+        played = play(specs, players.policy(arm), arm.channel, seed, reporter)
+        wall = time.perf_counter() - started
+        results.append(ArmResult(arm, measure(played, players.env.language, recipe.agent.spans), wall))
+    found = Evaluation(
+        run=str(run),
+        task=recipe.task,
+        params=recipe.params,
+        seed=seed,
+        main=main,
+        arms=tuple(results),
+        no_message_ceiling=no_message_ceiling(recipe),
+        overrides=differences(held, recipe),
+        made={
+            "versions": versions(),
+            "commit": commit(),
+            "machine": machine(),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    default = held.evaluation.episodes
+    write_json(folder / _file_name(found, count if count != default else None, greedy), found.to_json())
+    return found
+
+
+def no_message_ceiling(recipe: Recipe) -> float | None:
+    """The best success without messages, where the task knows it."""
+    found = task_class(recipe.task)
+    ceiling, params = getattr(found, "no_message_ceiling", None), getattr(found, "Params", None)
+    if ceiling is None or params is None:
+        return None
+    return ceiling(params.model_validate(dict(recipe.params)))
+
+
+def differences(held: Recipe, changed: Recipe) -> dict[str, Any]:
+    """The changed values by dotted key."""
+    before, after = _flat(held.model_dump(mode="json")), _flat(changed.model_dump(mode="json"))
+    return {key: value for key, value in after.items() if before.get(key, _flat) != value}
+
+
+def saved_evaluation(run: Path) -> dict[str, Any] | None:
+    """The last evaluation of a run as it was trained; None where there is none."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for file in (run / FOLDER).glob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not content["overrides"]:
+            found.append((content["at"], content))
+    return max(found, key=lambda each: (each[1]["episodes"], each[0]))[1] if found else None
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _file_name(found: Evaluation, episodes: int | None, greedy: bool) -> str:
+    """Says what is not as usual; `plain.json` where everything is."""
+    parts = [f"{key}={value}" for key, value in sorted(found.overrides.items())]
+    parts += [f"episodes={episodes}"] if episodes else []
+    parts += [f"seed={found.seed}"] if found.seed else []
+    parts += ["greedy"] if greedy else []
+    name = re.sub(r"[^\w.=-]+", "_", "-".join(parts)) or "plain"
+    if len(name) > 120:
+        name = f"{name[:100]}-{derive_seed(name):x}"
+    return name + ".json"
+
+
+__all__ = [
+    "Arm", "ArmResult", "Evaluation", "Players", "Who", "differences", "evaluate", "heldout_specs",
+    "no_message_ceiling", "override_arms", "play", "saved_evaluation", "standard_arms",
+]

@@ -1,0 +1,43 @@
+"""Language models: the `LanguageModel` protocol, the embedded backend, per-row adapters and the starter checkpoint."""
+
+from preconcert.models.adapters import LoraSettings
+from preconcert.models.check import check_backend
+from preconcert.models.constrained import (
+    UNCONSTRAINED,
+    UNSCORED,
+    ConstrainedOutput,
+    add_constrained_head,
+    constrained_logprobs,
+    grammar_table,
+)
+from preconcert.models.language_model import (
+    Completion,
+    CompletionEnd,
+    GenerateRequest,
+    LanguageModel,
+    ScoreRequest,
+)
+from preconcert.models.routing import AdapterRoute, route_rows
+from preconcert.models.starter import StarterSettings, build_starter
+from preconcert.models.transformers_model import TransformersModel
+
+__all__ = [
+    "UNCONSTRAINED",
+    "UNSCORED",
+    "AdapterRoute",
+    "Completion",
+    "CompletionEnd",
+    "ConstrainedOutput",
+    "GenerateRequest",
+    "LanguageModel",
+    "LoraSettings",
+    "ScoreRequest",
+    "StarterSettings",
+    "TransformersModel",
+    "add_constrained_head",
+    "build_starter",
+    "check_backend",
+    "constrained_logprobs",
+    "grammar_table",
+    "route_rows",
+]

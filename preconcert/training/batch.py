@@ -1,0 +1,78 @@
+"""Rows as the tensors that TRL's GRPO loss reads.
+
+`completion_mask` says which tokens exist (attention), `tool_mask` which carry the policy loss: TRL multiplies the two
+and normalises by the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from preconcert.models import UNSCORED
+from preconcert.training.rows import Row
+
+
+def collate(rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple: int) -> dict[str, torch.Tensor]:
+    """All rows of a rollout, prompts padded left, completions right.
+
+    TRL cuts the batch into equal parts and silently drops a remainder, so the number of rows is brought to a multiple
+    by repeating the first one with every loss masked.
+
+    Args:
+        rows: at least one.
+        adapters: names in the order of the `adapter` column.
+        pad_id: fills both sides.
+        multiple: the number of parts.
+
+    Returns:
+        `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `tool_mask`, `hindsight_mask`,
+        `old_per_token_logps`, `advantages`, `allowed` (B, T); `adapter` (B,).
+    """
+    padding = -len(rows) % multiple
+    total = len(rows) + padding
+    everything = [*rows, *([rows[0]] * padding)]
+    prompt_width = max(len(row.prompt_ids) for row in rows)
+    width = max(len(row.completion_ids) for row in rows)
+    prompt_ids = np.full((total, prompt_width), pad_id, dtype=np.int64)
+    prompt_mask = np.zeros((total, prompt_width), dtype=np.int64)
+    completion_ids = np.full((total, width), pad_id, dtype=np.int64)
+    completion_mask = np.zeros((total, width), dtype=np.int64)
+    policy = np.zeros((total, width), dtype=np.int64)
+    hindsight = np.zeros((total, width), dtype=np.int64)
+    logprobs = np.zeros((total, width), dtype=np.float32)
+    advantages = np.zeros((total, width), dtype=np.float32)
+    allowed = np.full((total, width), UNSCORED, dtype=np.int64)
+    for i, row in enumerate(everything):
+        p, n = len(row.prompt_ids), len(row.completion_ids)
+        prompt_ids[i, prompt_width - p :] = row.prompt_ids
+        prompt_mask[i, prompt_width - p :] = 1
+        completion_ids[i, :n] = row.completion_ids
+        completion_mask[i, :n] = 1
+        if i < len(rows):
+            policy[i, :n] = row.policy
+            hindsight[i, :n] = row.hindsight
+            logprobs[i, :n] = row.logprobs
+            advantages[i, :n] = row.advantages
+            allowed[i, :n] = np.where(row.policy | row.hindsight, row.allowed, UNSCORED)
+    index = {name: i for i, name in enumerate(adapters)}
+    column = np.array([index[row.adapter] for row in everything], dtype=np.int64)
+    return {
+        "prompt_ids": _tensor(prompt_ids),
+        "prompt_mask": _tensor(prompt_mask),
+        "completion_ids": _tensor(completion_ids),
+        "completion_mask": _tensor(completion_mask),
+        "tool_mask": _tensor(policy),
+        "hindsight_mask": _tensor(hindsight),
+        "old_per_token_logps": _tensor(logprobs),
+        "advantages": _tensor(advantages),
+        "allowed": _tensor(allowed),
+        "adapter": _tensor(column),
+    }
+
+
+def _tensor(array: NDArray[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(array)

@@ -1,0 +1,136 @@
+"""The recipe: one object that says everything about a run. YAML, overrides and the Python API fill the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from preconcert.agents import AgentSettings, ChannelSettings
+from preconcert.core import SpanKind
+from preconcert.models import LoraSettings, StarterSettings
+from preconcert.training.warm_start import WarmStartSettings
+
+STARTER = "starter"
+"""The model name that stands for the embedded default."""
+
+
+class Adapters(StrEnum):
+    """Who has an adapter of its own."""
+
+    PER_AGENT = "per_agent"
+    """Every agent."""
+    SHARED = "shared"
+    """All agents share one, named `team`."""
+
+
+class GateSettings(BaseModel):
+    """What the warm start must show before reinforcement learning starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_gap: float = Field(0.15, ge=0, le=1)
+    """Success with messages minus success with shuffled messages. 0 lets every warm start pass."""
+    episodes: int = Field(256, ge=1)
+    """Episodes per arm, on training layouts."""
+
+
+class GRPOSettings(BaseModel):
+    """Multi-agent GRPO."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    iterations: int = Field(60, ge=0)
+    """Rollouts; 0 stops after the warm start."""
+    seeds: int = Field(16, ge=1)
+    """Task instances per rollout."""
+    group: int = Field(8, ge=2)
+    """Episodes per task instance."""
+    credit: Literal["agent", "global", "agent-centred", "global-centred"] = "agent"
+    """Estimator: which returns are compared with one another."""
+    epochs: int = Field(2, ge=1)
+    """Passes over each rollout (TRL's num_iterations)."""
+    minibatches: int = Field(4, ge=1)
+    """Optimiser steps per pass."""
+    accumulate: int = Field(1, ge=1)
+    """Forward passes per optimiser step; divides `minibatches`."""
+    lr: float = Field(5e-3, gt=0)
+    """Peak learning rate, after a short warm-up; decays to a tenth along a cosine."""
+    warmup_iterations: int = Field(3, ge=0)
+    """Length of the warm-up."""
+    clip_low: float = Field(0.2, gt=0)
+    """Lower clip of the probability ratio."""
+    clip_high: float = Field(0.28, gt=0)
+    """Upper clip."""
+    max_grad_norm: float = Field(0.5, gt=0)
+    """Clip of the gradient's norm."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL term to the warm start."""
+    loss: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
+    """TRL's loss type."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of rollouts."""
+    policy_spans: tuple[SpanKind, ...] = (SpanKind.FORESEE, SpanKind.SAY, SpanKind.ACT)
+    """Spans that receive the task's advantage. `foresee` is written before `act` and carries part of the decision."""
+    hindsight_weight: float = Field(0.5, ge=0)
+    """Weight of the cross-entropy that keeps `intend`, `foresee` and announced actions true; 0 is off."""
+    hindsight_fraction: float = Field(0.25, ge=0, le=1)
+    """Share of turns that enter it."""
+    checkpoint_every: int = Field(5, ge=1)
+    """Iterations between checkpoints."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory in the update."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Where TRL sends its logs besides the run folder."""
+
+
+class RunEvaluation(BaseModel):
+    """How a run is judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    episodes: int = Field(200, ge=1)
+    """Held-out task seeds."""
+    every: int = Field(0, ge=0)
+    """Iterations between quick looks at held-out seeds during training; 0 is never."""
+
+
+class Recipe(BaseModel):
+    """Everything about a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    """A built-in task, or `module:Class`."""
+    params: Mapping[str, Any] = Field(default_factory=dict)
+    """The task's parameters."""
+    model: str = STARTER
+    """`starter`, or the name or folder of a Hugging Face checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base's weights."""
+    starter: StarterSettings = StarterSettings()
+    """Shape of the starter model."""
+    lora: LoraSettings = LoraSettings()
+    """Shape of the adapters."""
+    adapters: Adapters | Mapping[str, str] = Adapters.PER_AGENT
+    """`per_agent`, `shared`, or adapter names by agent."""
+    frozen: tuple[str, ...] = ()
+    """Adapters that are not trained."""
+    agent: AgentSettings = AgentSettings()
+    """How agents read and write."""
+    channel: ChannelSettings = ChannelSettings()
+    """How messages travel."""
+    warm_start: WarmStartSettings = WarmStartSettings()
+    """Supervised fine-tuning before reinforcement learning."""
+    gate: GateSettings = GateSettings()
+    """What the warm start must show."""
+    grpo: GRPOSettings = GRPOSettings()
+    """Reinforcement learning."""
+    evaluation: RunEvaluation = RunEvaluation()
+    """How the run is judged."""
+    seed: int = Field(0, ge=0)
+    """Everything random follows from it."""
+    threads: int = Field(0, ge=0)
+    """CPU threads; 0 leaves torch's default."""

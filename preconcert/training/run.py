@@ -1,0 +1,457 @@
+"""A run from nothing to a trained team: starter, warm start, gate, reinforcement learning, each resumable.
+
+The run folder:
+
+    recipe.json           the resolved recipe
+    base/                 the warm-started base, an ordinary Hugging Face checkpoint (starter runs, method `full`)
+    adapters/NAME/        the trained adapters, peft format
+    warm/NAME/            the adapters before reinforcement learning
+    checkpoints/          TRL checkpoints, each with a completion marker
+    episodes.jsonl        every training episode
+    log.jsonl             one line per iteration
+    warm_start.json, gate.json, result.json   what each stage found; written when it is over
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import GRPOConfig
+
+from preconcert.agents import ChannelSettings, GenerativeTeam
+from preconcert.core import ConfigError, Env, Episode, TrainingError, derive_seed, keep_episodes_before
+from preconcert.envs import make_env
+from preconcert.models import TransformersModel, build_starter
+from preconcert.prompts import TurnFormat, starter_words
+from preconcert.training.gate import GateResult, check_gate, run_gate
+from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
+from preconcert.training.recipe import STARTER, Adapters, Recipe
+from preconcert.training.reporter import Reporter, Silent
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.rows import GrammarTable
+from preconcert.training.source import GameSource, record_name
+from preconcert.training.warm_start import WarmStartMethod, fine_tune, supervised_examples
+
+RESULT = "result.json"
+
+
+def train(recipe: Recipe, out: Path, resume: bool = False, reporter: Reporter | None = None) -> Path:
+    """Carry a run through all of its stages.
+
+    Args:
+        recipe: what to do.
+        out: the run folder; made if missing.
+        resume: go on with what the folder holds; without it the folder must be empty.
+        reporter: receives progress.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: the folder holds another run, or an agent or adapter name is unknown.
+        GateError: the warm start is too weak.
+    """
+    reporter = reporter or Silent()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    rank, world = _process()
+    prepare_folder(recipe, out, resume, rank)
+    env = make_env(recipe.task, recipe.params, 0, "train")
+    assignment = assign(recipe, env)
+    trainable = tuple(n for n in dict.fromkeys(assignment.values()) if n not in recipe.frozen)
+    if (out / RESULT).is_file():
+        reporter.say(f"{out} is finished")
+        return out
+    _one_at_a_time(rank, world, lambda: warm_start(recipe, out, env, assignment, reporter))
+    model = load_model(recipe, out, out / "warm")
+    if recipe.grpo.iterations:
+        if not trainable:
+            raise ConfigError(f"every adapter is frozen: {', '.join(recipe.frozen)}")
+        _gate(recipe, out, model, env, assignment, reporter, rank, world)
+        _reinforce(recipe, out, model, env, assignment, trainable, reporter, rank, world)
+    if rank == 0:
+        for name in dict.fromkeys(assignment.values()):
+            model.save_adapter(name, out / "adapters" / name)
+        write_json(out / RESULT, {"iterations": recipe.grpo.iterations, "seed": recipe.seed, "finished": True})
+    return out
+
+
+def assign(recipe: Recipe, env: Env) -> dict[str, str]:
+    """Adapter by agent name.
+
+    Raises:
+        ConfigError: an agent or a frozen adapter that does not exist.
+    """
+    from preconcert.core import UnknownNameError
+
+    if recipe.adapters is Adapters.PER_AGENT:
+        assignment = {agent: agent for agent in env.agents}
+    elif recipe.adapters is Adapters.SHARED:
+        assignment = dict.fromkeys(env.agents, "team")
+    else:
+        assert isinstance(recipe.adapters, Mapping)
+        for agent in recipe.adapters:
+            if agent not in env.agents:
+                raise UnknownNameError("agent", agent, env.agents)
+        missing = [agent for agent in env.agents if agent not in recipe.adapters]
+        if missing:
+            raise ConfigError(f"adapters: no adapter is named for agent {missing[0]!r}")
+        assignment = {agent: recipe.adapters[agent] for agent in env.agents}
+    for name in recipe.frozen:
+        if name not in assignment.values():
+            raise UnknownNameError("adapter", name, sorted(set(assignment.values())))
+    return assignment
+
+
+def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> None:
+    """Make or check the run folder.
+
+    Raises:
+        ConfigError: it holds something and `resume` is off, or it holds a run of another recipe.
+    """
+    file = out / "recipe.json"
+    wanted = json.loads(recipe.model_dump_json())
+    if file.is_file():
+        if not resume and rank == 0:
+            raise ConfigError(f"{str(out)!r} already holds a run; use --resume to go on, --fresh to start over")
+        held = json.loads(file.read_text())
+        for key in sorted(set(held) | set(wanted)):
+            if held.get(key) != wanted.get(key):
+                raise ConfigError(
+                    f"{str(out)!r} holds a run with {key}={_short(held.get(key))}, the recipe says {_short(wanted.get(key))}"
+                )
+        return
+    if resume and rank == 0 and out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{str(out)!r} is not a run: it has no recipe.json")
+    if not resume and out.is_dir() and any(out.iterdir()) and rank == 0:
+        raise ConfigError(f"{str(out)!r} is not empty")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+
+
+def load_recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        ConfigError: it is not a run folder.
+    """
+    file = run / "recipe.json"
+    if not file.is_file():
+        raise ConfigError(f"{str(run)!r} is not a run folder: it has no recipe.json")
+    return Recipe.model_validate_json(file.read_text())
+
+
+def load_model(recipe: Recipe, run: Path, adapters: Path) -> TransformersModel:
+    """A run's base with the adapters of a folder.
+
+    Args:
+        recipe: of the run.
+        run: the run folder.
+        adapters: `warm` or `adapters` of the run.
+    """
+    base = run / "base"
+    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+    if not adapters.is_dir():
+        raise ConfigError(f"the run {str(run)!r} has no {adapters.name!r} folder; is it finished?")
+    for folder in sorted(path for path in adapters.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        model.load_adapter(folder.name, folder)
+    return model
+
+
+def warm_start(
+    recipe: Recipe, out: Path, env: Env, assignment: Mapping[str, str], reporter: Reporter
+) -> dict[str, Any]:
+    """Build or load the base, imitate scripted play, and write `warm/` (and `base/`)."""
+    marker = out / "warm_start.json"
+    if marker.is_file():
+        return json.loads(marker.read_text())
+    started = time.perf_counter()
+    shutil.rmtree(out / "warm", ignore_errors=True)
+    shutil.rmtree(out / "base", ignore_errors=True)
+    settings = recipe.warm_start
+    names = list(dict.fromkeys(assignment.values()))
+    episodes = _imitation_episodes(recipe, max(settings.episodes, 64 if recipe.model == STARTER else 0), reporter)
+    source = recipe.model
+    if recipe.model == STARTER:
+        texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
+        texts += [t.final_observation.text for e in episodes for t in e.trajectories.values()]
+        words = starter_words([*texts, *getattr(env, "words", ())], env.language, env.agents)
+        source = str(build_starter(words, out / "blank", derive_seed(recipe.seed, "starter"), recipe.starter))
+    model = TransformersModel.load(source, recipe.lora, recipe.dtype)
+    log: list[dict[str, float]] = []
+    copied: str | None = None
+    if settings.episodes:
+        turn_format = TurnFormat(model.tokenizer, env.language, recipe.agent.spans, recipe.agent.memory)
+        examples = supervised_examples(episodes, turn_format, recipe.agent)
+        reporter.stage("warm start", settings.steps)
+        callbacks: list[TrainerCallback] = [_Progress(reporter)]
+        scratch = out / "scratch"
+        seed = derive_seed(recipe.seed, "warm start")
+        if settings.method is WarmStartMethod.FULL:
+            log = fine_tune(model.base, model.tokenizer, examples, settings, scratch, seed, callbacks)
+        else:
+            copied = names[0]
+            model.add_adapter(copied, derive_seed(recipe.seed, "adapter", copied))
+            log = fine_tune(model.model, model.tokenizer, examples, settings, scratch, seed, callbacks)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if recipe.model == STARTER or (settings.episodes and settings.method is WarmStartMethod.FULL):
+        _save_base(model, out / "base")
+        model = TransformersModel.load(out / "base", recipe.lora, recipe.dtype)
+        shutil.rmtree(out / "blank", ignore_errors=True)
+    for name in names:
+        if name not in model.adapters:
+            model.add_adapter(name, derive_seed(recipe.seed, "adapter", name), copied)
+        model.save_adapter(name, out / "warm" / name)
+    found: dict[str, Any] = {"episodes": len(episodes), "log": log, "wall_s": time.perf_counter() - started}
+    judged = [e.success for e in episodes if e.success is not None]
+    found["script_success"] = sum(judged) / len(judged) if judged else None
+    write_json(marker, found)
+    return found
+
+
+def _imitation_episodes(recipe: Recipe, count: int, reporter: Reporter) -> list[Episode]:
+    reporter.stage("scripted play", count)
+    episodes: list[Episode] = []
+    policy = ScriptedPolicy(recipe.warm_start.player)
+    while len(episodes) < count:
+        numbers = range(len(episodes), min(count, len(episodes) + 500))
+        specs = [
+            EpisodeSpec(recipe.task, recipe.params, derive_seed(recipe.seed, "imitate", number) % 2**31, sample=number)
+            for number in numbers
+        ]
+        episodes += rollout(specs, policy, ChannelSettings(), derive_seed(recipe.seed, "imitate"))
+        reporter.advance(len(episodes))
+    return episodes
+
+
+def _save_base(model: TransformersModel, folder: Path) -> None:
+    beside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.base.save_pretrained(beside)
+    model.tokenizer.save_pretrained(beside)
+    os.replace(beside, folder)
+
+
+def _gate(
+    recipe: Recipe,
+    out: Path,
+    model: TransformersModel,
+    env: Env,
+    assignment: Mapping[str, str],
+    reporter: Reporter,
+    rank: int,
+    world: int,
+) -> None:
+    talks = recipe.agent.spans.say and bool(env.language.message)
+    if not talks:
+        return
+    marker = out / "gate.json"
+    if not marker.is_file() and rank == 0:
+        reporter.stage("gate", 1)
+        team = GenerativeTeam(model, env.language, recipe.agent, assignment)
+        result = run_gate(recipe, team)
+        write_json(marker, {**asdict(result), "gap": result.gap, "passed": result.passed})
+    _barrier(world)
+    held = json.loads(marker.read_text())
+    result = GateResult(held["success"], held["shuffled"], recipe.gate.min_gap, held["episodes"])
+    reporter.say(
+        f"gate: warm start {result.success:.2f}, with shuffled messages {result.shuffled:.2f}, "
+        f"gap {result.gap:.2f} (needs {result.min_gap:.2f})"
+    )
+    check_gate(result)
+
+
+def _reinforce(
+    recipe: Recipe,
+    out: Path,
+    model: TransformersModel,
+    env: Env,
+    assignment: Mapping[str, str],
+    trainable: tuple[str, ...],
+    reporter: Reporter,
+    rank: int,
+    world: int,
+) -> None:
+    settings = recipe.grpo
+    checkpoints = out / "checkpoints"
+    held = latest_checkpoint(checkpoints)
+    begin = held[1] if held is not None else 0
+    for other in range(world):
+        if other == rank:
+            keep_episodes_before(out / record_name(rank), begin)
+    if rank == 0:
+        _keep_log_before(out / "log.jsonl", begin)
+    _barrier(world)
+    table = GrammarTable()
+    team = GenerativeTeam(model, env.language, recipe.agent, assignment, settings.temperature)
+    source = GameSource(recipe, team, table, frozenset(trainable), out, rank, world)
+    reporter.stage("reinforcement learning", settings.iterations)
+    reporter.advance(begin)
+    reference = None
+    if settings.beta and recipe.warm_start.method is WarmStartMethod.LORA:
+        reference = "reference"
+        model.add_adapter(reference, 0, trainable[0])
+        for name in trainable[1:]:
+            if held is None and not _same(model, name, trainable[0]):
+                raise TrainingError("beta needs one warm start for all adapters")
+    trainer = MultiAgentGRPOTrainer(
+        model.model,
+        model.tokenizer,
+        grpo_config(recipe, checkpoints, world),
+        source,
+        trainable,
+        table,
+        settings.hindsight_weight,
+        reference,
+        callbacks=[_IterationLog(out / "log.jsonl", reporter, rank)],
+    )
+    trainer.train(resume_from_checkpoint=str(held[0]) if held is not None else None)
+    model.base.eval()
+
+
+def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig:
+    """TRL's config for a recipe."""
+    settings = recipe.grpo
+    if settings.minibatches % settings.accumulate:
+        raise ConfigError(f"grpo.accumulate={settings.accumulate} does not divide grpo.minibatches={settings.minibatches}")
+    per_iteration = settings.minibatches * settings.epochs // settings.accumulate
+    cuda = torch.cuda.is_available()
+    return GRPOConfig(
+        output_dir=str(checkpoints),
+        max_steps=settings.iterations * per_iteration,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        steps_per_generation=settings.minibatches,
+        gradient_accumulation_steps=settings.accumulate,
+        num_iterations=settings.epochs,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=settings.warmup_iterations * per_iteration,
+        weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm,
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        beta=settings.beta,
+        loss_type=settings.loss,
+        temperature=settings.temperature,
+        max_completion_length=recipe.agent.max_tokens,
+        logging_steps=per_iteration,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every * per_iteration,
+        save_total_limit=2,
+        report_to=settings.report_to,
+        bf16=cuda and recipe.dtype == "bfloat16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        seed=derive_seed(recipe.seed, "trainer") % 2**31,
+        ignore_data_skip=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        shuffle_dataset=False,
+        log_completions=False,
+        ddp_find_unused_parameters=True if world > 1 else None,
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside and rename."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class _Progress(TrainerCallback):
+    """Tells the reporter how far the supervised phase is."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One step over."""
+        last = state.log_history[-1].get("loss") if state.log_history else None
+        self.reporter.advance(state.global_step, f"loss {last:.3f}" if last is not None else "")
+
+
+class _IterationLog(TrainerCallback):
+    """Appends one line per iteration to the run's log."""
+
+    def __init__(self, path: Path, reporter: Reporter, rank: int) -> None:
+        self.path = path
+        self.reporter = reporter
+        self.rank = rank
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """TRL's and our metrics together."""
+        if not logs or "success" not in logs and "return" not in logs:
+            return
+        per_iteration = args.logging_steps
+        line = {"iteration": state.global_step // int(per_iteration) - 1, "step": state.global_step, **logs}
+        if self.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.reporter.advance(line["iteration"] + 1, f"success {logs.get('success', float('nan')):.2f}")
+
+
+def _keep_log_before(path: Path, iteration: int) -> None:
+    if not path.is_file():
+        return
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a torn last line
+        if line["iteration"] < iteration:
+            lines.append(text + "\n")
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(lines))
+    os.replace(beside, path)
+
+
+def _same(model: TransformersModel, first: str, second: str) -> bool:
+    a, b = model.adapter_parameters(first), model.adapter_parameters(second)
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _process() -> tuple[int, int]:
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def _one_at_a_time(rank: int, world: int, work: Any) -> None:
+    """Rank 0 works, the others wait."""
+    if rank == 0:
+        work()
+    _barrier(world)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
