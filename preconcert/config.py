@@ -11,14 +11,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from preconcert.core import ConfigError, UnknownNameError, nearest
 from preconcert.envs import make_env, task_class
-from preconcert.training.recipe import STARTER, Recipe
+
+if TYPE_CHECKING:  # it brings torch along, which takes seconds; a misspelt file name is answered at once
+    from preconcert.training.recipe import Recipe
 
 RECIPE_FILE = "recipe.json"
 """What a run folder keeps its recipe in."""
@@ -51,6 +53,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def load_run(run: Path) -> Recipe:
+    """The recipe of a run folder.
+
+    Raises:
+        ConfigError: there is no such folder, or it is no run.
+    """
+    if not run.is_dir():
+        beside = run.parent if run.parent.is_dir() else Path()
+        runs = [str(path.parent) for path in sorted(beside.glob(f"*/{RECIPE_FILE}"))]
+        raise ConfigError(f"no run folder at {str(run)!r}; {nearest(str(run), runs)}")
+    return load_recipe(run)
+
+
 def override_play(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The same run played otherwise.
 
@@ -61,6 +76,8 @@ def override_play(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: an unknown key or value, or a key that only training reads.
     """
+    from preconcert.training.recipe import Recipe
+
     content = json.loads(recipe.model_dump_json())
     for override in overrides:
         key, value = parse_override(override)
@@ -219,6 +236,8 @@ def _set(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> 
 
 
 def _recipe(content: Mapping[str, Any]) -> Recipe:
+    from preconcert.training.recipe import Recipe
+
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -227,6 +246,7 @@ def _recipe(content: Mapping[str, Any]) -> Recipe:
 
 def _check_names(recipe: Recipe) -> None:
     """Agents, adapters and the model's name."""
+    from preconcert.training.recipe import STARTER
     from preconcert.training.run import assign
 
     assign(recipe, make_env(recipe.task, recipe.params, 0, "train"))
@@ -239,9 +259,7 @@ def _path(loc: Sequence[int | str], content: Any, kind: str) -> list[str]:
     """The keys of a location, without the tags that pydantic adds for unions."""
     path: list[str] = []
     for number, part in enumerate(loc):
-        if isinstance(content, Mapping) and part in content:
-            content = content[part]
-        elif isinstance(part, int) and isinstance(content, Sequence) and part < len(content):
+        if (isinstance(content, Mapping) and part in content) or (isinstance(part, int) and isinstance(content, Sequence) and part < len(content)):
             content = content[part]
         elif not (kind == "missing" and number + 1 == len(loc)):
             continue

@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from preconcert.core import Message, derive_seed
+from preconcert.core import Message, derive_seed, uniforms
 
 
 class ChannelMode(StrEnum):
@@ -75,20 +75,25 @@ class TextChannel:
         """
         if self.settings.mode is ChannelMode.OFF:
             return
-        rng = np.random.default_rng(derive_seed(self._seed, "channel", step))
         if self.settings.mode is ChannelMode.SHUFFLED:
-            sent = self._shuffle(sent, groups, rng)
+            sent = self._shuffle(sent, groups, np.random.default_rng(derive_seed(self._seed, "channel", step)))
         for episode, messages in sent.items():
             for message in messages:
                 for recipient in message.recipients:
-                    if self.settings.drop and rng.random() < self.settings.drop:
-                        continue
-                    self._inboxes[(episode, recipient)][message.sender] = message
+                    if not self._lost(episode, message.sender, recipient, step):
+                        self._inboxes[(episode, recipient)][message.sender] = message
 
     def close(self, episode: str) -> None:
         """Forget the inboxes of a finished episode."""
         for key in [key for key in self._inboxes if key[0] == episode]:
             del self._inboxes[key]
+
+    def _lost(self, episode: str, sender: str, recipient: str, step: int) -> bool:
+        """Decided by the message alone, so that a loss does not depend on which other episodes are running."""
+        if not self.settings.drop:
+            return False
+        seed = np.array([derive_seed(self._seed, "loss", episode, sender, recipient)], dtype=np.uint64)
+        return bool(uniforms(seed, step)[0] < self.settings.drop)
 
     def _shuffle(
         self, sent: Mapping[str, Sequence[Message]], groups: Mapping[str, str], rng: np.random.Generator

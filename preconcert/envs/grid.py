@@ -57,11 +57,32 @@ def wind(start: Cell, end: Cell) -> str:
     return vertical + horizontal or "here"
 
 
+NEAR = "near_"
+"""Marks a sign whose first leg, the one that `toward` walks, is a single step."""
+SIGNS = (*WINDS, *(NEAR + name for name in WINDS if name != "here"))
+"""Every word that `sign` gives."""
+
+
+def sign(start: Cell, end: Cell) -> str:
+    """The wind of `end`, marked as near if one step down the first leg changes it."""
+    leg = abs(end[0] - start[0]) or abs(end[1] - start[1])
+    return (NEAR if leg == 1 else "") + wind(start, end)
+
+
 def toward(sign: str) -> str:
     """The move that follows a compass sign: vertical first, then horizontal, then `stay`."""
-    if sign == "here":
+    name = sign.removeprefix(NEAR)
+    if name == "here":
         return "stay"
-    return sign[:5] if sign.startswith(("north", "south")) else sign
+    return name[:5] if name.startswith(("north", "south")) else name
+
+
+def after_next(sign: str) -> str:
+    """The move that follows the move `toward(sign)`."""
+    name = sign.removeprefix(NEAR)
+    if name == sign or name == "here":
+        return toward(sign)
+    return name[5:] if name.startswith(("north", "south")) and len(name) > 5 else "stay"
 
 
 def distances(goal: Cell, size: int, blocked: Collection[Cell]) -> dict[Cell, int]:

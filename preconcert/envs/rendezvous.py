@@ -9,7 +9,18 @@ import numpy as np
 from pydantic import Field
 
 from preconcert.core import Decision, Env, Message, Observation, Player, Slot, TaskLanguage, Truth
-from preconcert.envs.grid import ACTIONS, WINDS, Cell, cells, draw_board, manhattan, toward, walk, wind
+from preconcert.envs.grid import (
+    ACTIONS,
+    SIGNS,
+    Cell,
+    after_next,
+    cells,
+    draw_board,
+    manhattan,
+    sign,
+    toward,
+    walk,
+)
 from preconcert.envs.registry import register
 from preconcert.envs.task import Outcome, Task, TaskParams
 
@@ -57,7 +68,7 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
         )
         lefts = (str(left) for left in range(self.horizon + 1))
         fixed = ("left", "row", "col", "open", "unknown", "informed")
-        self.words = tuple(sorted({*self.agents, *self.names, *rows, *lefts, *WINDS, *fixed}))
+        self.words = tuple(sorted({*self.agents, *self.names, *rows, *lefts, *SIGNS, *fixed}))
         drawn = self._search(lambda: self._draw(rng), lambda layout: _key(layout[0]))
         self.landmarks: tuple[Cell, ...] = drawn[0]
         self.open = str(rng.choice(self.names))
@@ -79,7 +90,7 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
     def _observe(self, agent: str) -> Observation:
         row, column = here = self._state[self.agents.index(agent)]
         known = self.open if agent == self.informed else "unknown"
-        signs = " ".join(f"{name} {wind(here, cell)}" for name, cell in zip(self.names, self.landmarks, strict=True))
+        signs = " ".join(f"{name} {sign(here, cell)}" for name, cell in zip(self.names, self.landmarks, strict=True))
         text = f"left {self.horizon - self._step} row {row} col {column} open {known} {signs}"
         return Observation(agent, text, ACTIONS, self._step, {"row": str(row), "col": str(column)})
 
@@ -152,15 +163,15 @@ class RendezvousScript:
     its commonest choices above all, seldom meets. Its other mistakes are rare and drawn anew at every step.
     """
 
-    SLIP: ClassVar[float] = 0.08
+    SLIP: ClassVar[float] = 0.05
     """Probability of a random action."""
     SHY: ClassVar[float] = 0.52
     """Probability that the informed agent says `unknown`."""
-    MISNAME: ClassVar[float] = 0.06
+    MISNAME: ClassVar[float] = 0.04
     """Probability that the informed agent names another landmark."""
-    MISHEAR: ClassVar[float] = 0.05
+    MISHEAR: ClassVar[float] = 0.03
     """Probability that a listener heads for a random landmark."""
-    WANDER: ClassVar[float] = 0.2
+    WANDER: ClassVar[float] = 0.1
     """Probability that an agent without a target moves at random."""
 
     def decide(
@@ -177,13 +188,14 @@ class RendezvousScript:
         planned = "stay" if target is None else toward(view[target])
         wander = target is None and rng.random() < self.WANDER
         action = str(rng.choice(ACTIONS)) if wander or rng.random() < self.SLIP else planned
+        following = "stay" if target is None else after_next(view[target])
         said = view["open"]
         draw = rng.random()
         if informed and draw < self.SHY:
             said = "unknown"
         elif informed and draw < self.SHY + self.MISNAME:
             said = str(rng.choice([name for name in names if name != said]))
-        return Decision(action, f"{said} {planned}")
+        return Decision(action, f"{said} {following}")
 
 
 class RendezvousExpert:
@@ -201,6 +213,6 @@ class RendezvousExpert:
             return Decision("stay", "unknown stay")
         goal = task.landmarks[task.names.index(target)]
         here = task.cell_of(observation.agent)
-        action = toward(wind(here, goal))
+        action = toward(sign(here, goal))
         after = walk(here, action, task.params.size)
-        return Decision(action, f"{known} {toward(wind(after, goal))}")
+        return Decision(action, f"{known} {toward(sign(after, goal))}")

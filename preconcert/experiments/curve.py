@@ -37,7 +37,7 @@ class Curve:
 
     def svg(self, width: int = 760, height: int = 280) -> Markup:
         """The drawing. Lines have the classes `line-0`, `line-1`, ...; the page gives them colours."""
-        left, right, top, bottom = 40, 14, 12, 34
+        left, right, top, bottom = 54, 14, 14, 42
         most = max((x for line in self.lines for x, _ in line.points), default=1)
         span = max(1, most - 1)
 
@@ -51,7 +51,7 @@ class Curve:
             parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
         for tick in ticks(most):
             x, _ = at(tick, 0)
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{height - bottom + 17}" text-anchor="middle">{tick}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{height - bottom + 20}" text-anchor="middle">{tick}</text>')
         parts.append(
             f'<text class="tick" x="{(left + width - right) / 2:.1f}" y="{height - 3}" text-anchor="middle">'
             "iteration</text>"
@@ -61,7 +61,7 @@ class Curve:
             parts.append(f'<line class="ceiling" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(
                 f'<text class="tick strong" x="{width - right}" y="{y - 6:.1f}" text-anchor="end">'
-                f"no team without messages exceeds {self.ceiling:.2f}</text>"
+                f"the most success without messages: {self.ceiling:.2f}</text>"
             )
         for number, line in reversed(list(enumerate(self.lines))):
             places = [(*at(x, y), x, y) for x, y in line.points]

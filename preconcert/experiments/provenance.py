@@ -9,14 +9,16 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("preconcert", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pydantic", "numpy")
+from preconcert import __version__
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "pydantic", "numpy")
 """What every result names the version of."""
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions, Python's own first; None for what is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    """Installed versions, this package's and Python's first; None for what is not installed."""
+    return {"preconcert": __version__, "python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
 def commit() -> str | None:

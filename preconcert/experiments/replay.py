@@ -25,6 +25,16 @@ from preconcert.training.hindsight import reward_word
 from preconcert.training.measures import perceived
 
 
+_HEADLINE = {
+    "trained": "trained team, sampled",
+    "trained-greedy": "trained team, greedy",
+    "trained-shuffled": "sampled, messages shuffled",
+    "warm": "warm start alone, sampled",
+    "scripted": "the imperfect script it imitated",
+}
+"""Arms that the page shows, and what it calls them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Heard:
     """One line of an inbox."""
@@ -166,6 +176,27 @@ def page(
         data=Markup(data.replace("<", "\\u003c").replace("&", "\\u0026")),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def headline(saved: Mapping[str, Any] | None, ceiling: float | None) -> tuple[list[tuple[str, str, str]], str]:
+    """The page's figures, and a line on where they come from.
+
+    Args:
+        saved: an evaluation's JSON; None where there is none yet.
+        ceiling: the best success without messages, where it is known.
+    """
+    figures: list[tuple[str, str, str]] = []
+    arms: Mapping[str, Any] = saved["arms"] if saved is not None else {}
+    for name, label in _HEADLINE.items():
+        found = arms.get(name)
+        if found is not None and found["success_rate"] is not None:
+            low, high = found["success_ci95"]
+            figures.append((label, f"{found['success_rate']:.0%}", f"95%: {low:.0%} to {high:.0%}"))
+    if ceiling is not None:
+        figures.append(("the most without messages", f"{ceiling:.1%}", "proven for the task"))
+    if saved is None:
+        return figures, "Not evaluated yet: `preconcert eval` adds success figures to this page."
+    return figures, f"Success over {saved['episodes']} held-out instances, the same for every figure (seed {saved['seed']})."
 
 
 def write_page(path: Path, html: str) -> None:

@@ -31,12 +31,14 @@ UNSCORED = -2
 
 @dataclass
 class ConstrainedOutput(ModelOutput):
-    """What a forward pass with `constrained_head=True` returns; both of shape (batch, logits_to_keep)."""
+    """What a forward pass with `constrained_head=True` returns; each of shape (batch, logits_to_keep)."""
 
     logprobs: Tensor | None = None
     """Of each completion token, in float32."""
     entropy: Tensor | None = None
     """Of the distribution that each token comes from, in nats."""
+    target_logprobs: Tensor | None = None
+    """Of `target_ids` at the same places, where they were given."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ def add_constrained_head(model: nn.Module) -> None:
 
     Afterwards `model(input_ids=..., attention_mask=..., constrained_head=True, logits_to_keep=T, completion_ids=...,
     allowed_index=..., table_tokens=..., table_allowed=..., temperature=...)` returns a `ConstrainedOutput` for the last
-    `T` tokens of each row. Without `constrained_head=True` nothing changes. May be called before or after TRL's own
-    `add_fused_lm_head`, and more than once.
+    `T` tokens of each row; with `target_ids` (-1 for none) also of other tokens at the same places. Without
+    `constrained_head=True` nothing changes. May be called before or after TRL's own `add_fused_lm_head`, and more than
+    once.
 
     Args:
         model: a causal language model, or a peft model around one.
@@ -170,6 +173,7 @@ def add_constrained_head(model: nn.Module) -> None:
         table_tokens: Tensor | None = None,
         table_allowed: Tensor | None = None,
         temperature: float = 1.0,
+        target_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not constrained_head:
@@ -183,18 +187,17 @@ def add_constrained_head(model: nn.Module) -> None:
             kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -keep - 1 : -1]
         head = self.get_output_embeddings()
-        logprobs, entropy = constrained_logprobs(
-            hidden,
-            head.weight,
-            getattr(head, "bias", None),
-            completion_ids,
-            allowed_index,
-            table_tokens,
-            table_allowed,
-            temperature,
-            scale,
-        )
-        return ConstrainedOutput(logprobs=logprobs, entropy=entropy)
+        bias = getattr(head, "bias", None)
+        grammar = (table_tokens, table_allowed, temperature, scale)
+        logprobs, entropy = constrained_logprobs(hidden, head.weight, bias, completion_ids, allowed_index, *grammar)
+        targets = None
+        if target_ids is not None:
+            other = (target_ids >= 0) & (target_ids != completion_ids)
+            found, _ = constrained_logprobs(
+                hidden[other][None], head.weight, bias, target_ids[other][None], allowed_index[other][None], *grammar
+            )
+            targets = logprobs.masked_scatter(other, found[0])
+        return ConstrainedOutput(logprobs=logprobs, entropy=entropy, target_logprobs=targets)
 
     base.forward = types.MethodType(forward, base)
     base._has_constrained_head = True

@@ -42,6 +42,8 @@ class Written:
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
+    chosen: tuple[bool, ...]
+    """False for the tokens that the grammar leaves no choice about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,9 @@ class TurnFormat:
             if piece.kind is not None:
                 spans.append(Span(piece.kind, start, len(ids), piece.slot))
         ids.append(self.eos)
-        return Written(tuple(ids), tuple(spans))
+        states = compiled.automaton.walk(ids)[:-1]
+        chosen = tuple(len(compiled.automaton.transitions[state]) > 1 for state in states)
+        return Written(tuple(ids), tuple(spans), chosen)
 
     def parse(
         self, ids: Sequence[int], others: Sequence[str], legal: Sequence[str]

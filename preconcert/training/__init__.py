@@ -1,0 +1,16 @@
+"""Training: rollouts, credit, the supervised warm start, the gate and multi-agent GRPO, put together as resumable runs."""
+
+from preconcert.training.credit import ESTIMATORS, TurnKey, group_relative
+from preconcert.training.gate import GateResult, run_gate
+from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout, RolloutSource
+from preconcert.training.measures import Measures, measure
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter, Silent
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.run import load_model, load_recipe_of, train
+
+__all__ = [
+    "ESTIMATORS", "EpisodeSpec", "GateResult", "Measures", "MultiAgentGRPOTrainer", "Recipe", "Reporter", "Rollout",
+    "RolloutSource", "ScriptedPolicy", "Silent", "TurnKey", "group_relative", "load_model", "load_recipe_of",
+    "measure", "rollout", "run_gate", "train",
+]

@@ -16,7 +16,9 @@ from preconcert.models import UNSCORED
 from preconcert.training.rows import Row
 
 
-def collate(rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple: int) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple: int, at_least: int = 0
+) -> dict[str, torch.Tensor]:
     """All rows of a rollout, prompts padded left, completions right.
 
     TRL cuts the batch into equal parts and silently drops a remainder, so the number of rows is brought to a multiple
@@ -27,14 +29,14 @@ def collate(rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple:
         adapters: names in the order of the `adapter` column.
         pad_id: fills both sides.
         multiple: the number of parts.
+        at_least: how many rows there must be; processes that train together need equally many.
 
     Returns:
-        `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `tool_mask`, `hindsight_mask`,
+        `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `tool_mask`, `target_ids`,
         `old_per_token_logps`, `advantages`, `allowed` (B, T); `adapter` (B,).
     """
-    padding = -len(rows) % multiple
-    total = len(rows) + padding
-    everything = [*rows, *([rows[0]] * padding)]
+    total = -(-max(len(rows), at_least) // multiple) * multiple
+    everything = [*rows, *([rows[0]] * (total - len(rows)))]
     prompt_width = max(len(row.prompt_ids) for row in rows)
     width = max(len(row.completion_ids) for row in rows)
     prompt_ids = np.full((total, prompt_width), pad_id, dtype=np.int64)
@@ -42,7 +44,7 @@ def collate(rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple:
     completion_ids = np.full((total, width), pad_id, dtype=np.int64)
     completion_mask = np.zeros((total, width), dtype=np.int64)
     policy = np.zeros((total, width), dtype=np.int64)
-    hindsight = np.zeros((total, width), dtype=np.int64)
+    targets = np.full((total, width), -1, dtype=np.int64)
     logprobs = np.zeros((total, width), dtype=np.float32)
     advantages = np.zeros((total, width), dtype=np.float32)
     allowed = np.full((total, width), UNSCORED, dtype=np.int64)
@@ -54,10 +56,10 @@ def collate(rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple:
         completion_mask[i, :n] = 1
         if i < len(rows):
             policy[i, :n] = row.policy
-            hindsight[i, :n] = row.hindsight
+            targets[i, :n] = row.targets
             logprobs[i, :n] = row.logprobs
             advantages[i, :n] = row.advantages
-            allowed[i, :n] = np.where(row.policy | row.hindsight, row.allowed, UNSCORED)
+            allowed[i, :n] = np.where(row.policy | (row.targets >= 0), row.allowed, UNSCORED)
     index = {name: i for i, name in enumerate(adapters)}
     column = np.array([index[row.adapter] for row in everything], dtype=np.int64)
     return {
@@ -66,7 +68,7 @@ def collate(rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple:
         "completion_ids": _tensor(completion_ids),
         "completion_mask": _tensor(completion_mask),
         "tool_mask": _tensor(policy),
-        "hindsight_mask": _tensor(hindsight),
+        "target_ids": _tensor(targets),
         "old_per_token_logps": _tensor(logprobs),
         "advantages": _tensor(advantages),
         "allowed": _tensor(allowed),

@@ -4,8 +4,8 @@ TRL owns the loop, the buffering, the epochs over a rollout, loss types, clippin
 This file holds every override, and nothing else relies on TRL's insides:
 
 * `_generate_and_score_completions` is replaced whole by a rollout (`RolloutSource`);
-* `_compute_loss` opens the per-row adapter route, adds the supervised loss on hindsight rows, and leaves the policy
-  loss to TRL; the route stays open until after backward (`training_step`), for activation checkpointing;
+* `_compute_loss` opens the per-row adapter route, adds the cross-entropy to the hindsight targets, and leaves the
+  policy loss to TRL; the route stays open until after backward (`training_step`), for activation checkpointing;
 * `_get_per_token_logps_and_entropies` takes probabilities under the grammar's mask, as they were sampled;
 * `create_optimizer` makes exactly the trainable adapters require gradients;
 * checkpoints hold every adapter and end with a marker, so that a torn one is never resumed from.
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from preconcert.core import TrainingError
@@ -110,6 +110,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
         args.beta = self.beta = beta
         add_constrained_head(self.model.get_base_model())
         set_trainable(self.model, self.trainable)
@@ -128,6 +129,8 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         if not rollout.rows:
             raise TrainingError("the rollout has no row to train on; is every agent frozen?")
         device = self.accelerator.device
+        # TRL gathers one figure per row from all processes.
+        most = self.accelerator.gather(torch.tensor(len(rollout.rows), device=device)).max()
         batch: dict[str, Any] = {
             key: value.to(device)
             for key, value in collate(
@@ -135,12 +138,13 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
                 self.adapter_names,
                 self._tokenizer.pad_token_id,
                 self.args.steps_per_generation,
+                at_least=int(most),
             ).items()
         }
         batch["num_items_in_batch"] = self.accelerator.gather(
             torch.tensor(rollout.policy_tokens, device=device)
         ).sum()
-        batch["hindsight_items"] = self.accelerator.gather(batch["hindsight_mask"].sum()).sum()
+        batch["hindsight_items"] = self.accelerator.gather((batch["target_ids"] >= 0).sum()).sum()
         if self.beta != 0.0:
             batch["ref_per_token_logps"] = self._reference_logps(batch)
         for name, value in rollout.metrics.items():
@@ -157,7 +161,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             counted = inputs["tool_mask"].any(dim=1).sum().clamp(min=1)
             loss = loss * (len(inputs["tool_mask"]) / counted)
         if self.hindsight_weight:
-            mask = inputs["hindsight_mask"]
+            mask = inputs["target_ids"] >= 0
             assert self._logps is not None
             cross_entropy = -(self._logps * mask).sum()
             items = inputs["hindsight_items"].clamp(min=1.0) / self.accelerator.num_processes
@@ -192,8 +196,9 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             table_tokens=tokens,
             table_allowed=allowed,
             temperature=self.temperature,
+            target_ids=present["target_ids"] if self.hindsight_weight else None,
         )
-        self._logps = output.logprobs
+        self._logps = output.target_logprobs
         return output.logprobs, output.entropy, None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

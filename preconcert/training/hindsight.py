@@ -66,7 +66,7 @@ def reward_word(reward: float, language: TaskLanguage) -> str:
         ConfigError: there is none.
     """
     for word in language.rewards:
-        if abs(float(word) - reward) < 1e-6:
+        if abs(float(word) - reward) < 1e-3:
             return word
     raise ConfigError(f"reward {reward} has no word; the task's language knows {', '.join(language.rewards)}")
 

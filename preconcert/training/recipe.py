@@ -56,7 +56,7 @@ class GRPOSettings(BaseModel):
     """Optimiser steps per pass."""
     accumulate: int = Field(1, ge=1)
     """Forward passes per optimiser step; divides `minibatches`."""
-    lr: float = Field(5e-3, gt=0)
+    lr: float = Field(2.5e-3, gt=0)
     """Peak learning rate, after a short warm-up; decays to a tenth along a cosine."""
     warmup_iterations: int = Field(3, ge=0)
     """Length of the warm-up."""
@@ -74,10 +74,13 @@ class GRPOSettings(BaseModel):
     """Sampling temperature of rollouts."""
     policy_spans: tuple[SpanKind, ...] = (SpanKind.FORESEE, SpanKind.SAY, SpanKind.ACT)
     """Spans that receive the task's advantage. `foresee` is written before `act` and carries part of the decision."""
-    hindsight_weight: float = Field(0.5, ge=0)
+    hindsight_weight: float = Field(0.3, ge=0)
     """Weight of the cross-entropy that keeps `intend`, `foresee` and announced actions true; 0 is off."""
+    bind_action: bool = True
+    """The cross-entropy includes the action taken, where the forecast came true: actions then follow forecasts, and
+    exploration happens in what is foreseen. For tasks whose forecast says what the action leads to."""
     hindsight_fraction: float = Field(0.25, ge=0, le=1)
-    """Share of turns that enter it."""
+    """Share of the turns without an advantage that enter it; turns with one always do."""
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
@@ -93,8 +96,6 @@ class RunEvaluation(BaseModel):
 
     episodes: int = Field(200, ge=1)
     """Held-out task seeds."""
-    every: int = Field(0, ge=0)
-    """Iterations between quick looks at held-out seeds during training; 0 is never."""
 
 
 class Recipe(BaseModel):

