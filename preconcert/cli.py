@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,12 +49,20 @@ _QUIET = {
 class _Commands(TyperGroup):
     """The boundary at which errors become lines."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command; with `standalone_mode` this ends the process."""
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except PreconcertError as error:
             _complain(str(error))
             code = REFUSED
@@ -158,7 +167,7 @@ def train(
         Path | None, typer.Option("--out", help="The run folder; runs/<recipe name> if not given.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that the folder holds and start over.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in the folder and start over.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a team: scripted play, warm start, gate, reinforcement learning."""
@@ -175,9 +184,12 @@ def train(
             _check_env(resolved.task, resolved.params)
         if fresh and os.environ.get("RANK", "0") == "0":
             _delete_run(folder)
-        _train(resolved, folder, resume)
+        again = shlex.join(["preconcert", "train", str(recipe), *(overrides or []), "--out", str(folder), "--resume"])
+        _train(resolved, folder, resume, again)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
-        found = {"run": str(folder), "recipe": resolved.model_dump(mode="json")}
+        found: dict[str, Any] = {"run": str(folder), "recipe": resolved.model_dump(mode="json")}
         for stage in ("warm_start", "gate", "result"):
             file = folder / f"{stage}.json"
             found[stage] = json.loads(file.read_text()) if file.is_file() else None
@@ -288,8 +300,8 @@ def check_environment(
     as_json: AsJson = False,
 ) -> None:
     """Test whether an environment keeps the `Env` protocol."""
-    from preconcert.envs import task_class
     from preconcert.config import parse_override
+    from preconcert.envs import task_class
 
     params = dict(parse_override(each.removeprefix("params.")) for each in overrides or [])
     task_class(task)
@@ -325,7 +337,7 @@ def doctor(as_json: AsJson = False) -> None:
             problems.append(f"importing preconcert.training.run fails: {type(error).__name__}: {_one_line(error)}")
     writable = {"here": os.access(Path.cwd(), os.W_OK), "temporary folder": _can_write_temporary()}
     problems += [f"no file can be written {place}" for place, yes in writable.items() if not yes]
-    about = {
+    about: dict[str, Any] = {
         "ok": not problems,
         "problems": problems,
         "versions": found,
@@ -355,8 +367,15 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _train(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """The run itself: bars, a hint after Ctrl-C, and no folder left behind by a run that could not begin."""
+def _train(recipe: Recipe, folder: Path, resume: bool, again: str) -> None:
+    """The run itself: bars, a hint after Ctrl-C, and no folder left behind by a run that could not begin.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder.
+        resume: go on with what it holds.
+        again: the command that goes on after an interruption.
+    """
     from preconcert.experiments.terminal import ProgressReporter
     from preconcert.training.run import train as carry_out
 
@@ -366,8 +385,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool) -> None:
         with ProgressReporter(_console(err=True)) as reporter:
             carry_out(recipe, folder, resume, reporter)
     except KeyboardInterrupt:
-        again = " ".join([*_resume_words(sys.argv[1:]), "--resume"])
-        print(f"interrupted; go on with: preconcert {again}", file=sys.stderr)
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except Exception:
         if not begun and not (folder / "warm_start.json").exists() and folder.is_dir():
@@ -382,10 +400,6 @@ def _run_name(recipe: Path) -> str:
     if recipe.is_dir():
         return recipe.resolve().name
     return recipe.resolve().parent.name if recipe.name == "recipe.json" else recipe.stem
-
-
-def _resume_words(words: list[str]) -> list[str]:
-    return [f"'{word}'" if " " in word else word for word in words if word not in ("--fresh", "--resume", "--json")]
 
 
 def _delete_run(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Recipes from files: YAML, dotted overrides on top, one pydantic model in the end.
 
-Whatever cannot be used becomes one line that names the key, the value and what would have been accepted. YAML is read by
-the rules of version 1.2, where `on` and `off` are words and `1e-3` is a number.
+Whatever cannot be used becomes one line that names the key, the value and what would have been accepted. YAML is read
+by the rules of version 1.2, where `on` and `off` are words and `1e-3` is a number.
 """
 
 from __future__ import annotations
@@ -175,15 +175,17 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _number(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _number(node.value))
 
 
 def _number(text: str) -> float:
@@ -251,7 +253,8 @@ def _check_names(recipe: Recipe) -> None:
 
     assign(recipe, make_env(recipe.task, recipe.params, 0, "train"))
     name = recipe.model
-    if name != STARTER and not Path(name).expanduser().exists() and difflib.get_close_matches(name, [STARTER], cutoff=0.5):
+    close = difflib.get_close_matches(name, [STARTER], cutoff=0.5)
+    if close and name != STARTER and not Path(name).expanduser().exists():
         raise UnknownNameError("model", name, [STARTER])
 
 
@@ -259,10 +262,11 @@ def _path(loc: Sequence[int | str], content: Any, kind: str) -> list[str]:
     """The keys of a location, without the tags that pydantic adds for unions."""
     path: list[str] = []
     for number, part in enumerate(loc):
-        if (isinstance(content, Mapping) and part in content) or (isinstance(part, int) and isinstance(content, Sequence) and part < len(content)):
+        try:
             content = content[part]
-        elif not (kind == "missing" and number + 1 == len(loc)):
-            continue
+        except (KeyError, IndexError, TypeError):
+            if kind != "missing" or number + 1 < len(loc):
+                continue
         path.append(str(part))
     return path
 

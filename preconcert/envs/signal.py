@@ -162,7 +162,7 @@ class Signal(Task[SignalParams, _State]):
 
     @classmethod
     def _player(cls, kind: str) -> Player:
-        return SignalScript(slip=0.0, misname=0.0, unique=True) if kind == "expert" else SignalScript()
+        return SignalScript(slip=0.0, misname=0.0, care=1.0) if kind == "expert" else SignalScript()
 
 
 def _key(things: Sequence[Thing]) -> str:
@@ -179,22 +179,25 @@ def unique_words(thing: Thing, things: Sequence[Thing]) -> list[str]:
 class SignalScript:
     """Describes the target with one of its words; picks a candidate that fits the word heard.
 
-    The imperfect teacher says either word, as often the ambiguous one; the expert says the unique one.
+    The imperfect teacher looks at the other candidates half of the time and otherwise says either word, as often the
+    ambiguous one; the expert always says a unique one.
     """
 
-    SLIP: ClassVar[float] = 0.15
+    SLIP: ClassVar[float] = 0.2
     """Probability of a random pick."""
     MISNAME: ClassVar[float] = 0.15
     """Probability of a random word."""
+    CARE: ClassVar[float] = 0.5
+    """Probability of choosing among the words that only the target has."""
 
-    def __init__(self, slip: float = SLIP, misname: float = MISNAME, unique: bool = False) -> None:
+    def __init__(self, slip: float = SLIP, misname: float = MISNAME, care: float = CARE) -> None:
         """
         Args:
             slip: probability of a random pick.
             misname: probability of a random word.
-            unique: say a word that only the target has.
+            care: probability of choosing among the words that only the target has.
         """
-        self.slip, self.misname, self.unique = slip, misname, unique
+        self.slip, self.misname, self.care = slip, misname, care
 
     def decide(
         self, env: Env, observation: Observation, inbox: Sequence[Message], rng: np.random.Generator
@@ -218,4 +221,4 @@ class SignalScript:
         if rng.random() < self.misname:
             return str(rng.choice([word for word in choices if word != "none"]))
         things = [(words[index], words[index + 1]) for index in range(start, len(words), 2)]
-        return str(rng.choice(unique_words(target, things) if self.unique else target))
+        return str(rng.choice(unique_words(target, things) if rng.random() < self.care else target))

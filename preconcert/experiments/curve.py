@@ -50,8 +50,8 @@ class Curve:
             parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
         for tick in ticks(most):
-            x, _ = at(tick, 0)
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{height - bottom + 20}" text-anchor="middle">{tick}</text>')
+            x, y = at(tick, 0)
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 20:.1f}" text-anchor="middle">{tick}</text>')
         parts.append(
             f'<text class="tick" x="{(left + width - right) / 2:.1f}" y="{height - 3}" text-anchor="middle">'
             "iteration</text>"

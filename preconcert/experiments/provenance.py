@@ -18,7 +18,8 @@ OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     """Installed versions, this package's and Python's first; None for what is not installed."""
-    return {"preconcert": __version__, "python": platform.python_version(), **{name: _version(name) for name in packages}}
+    own = {"preconcert": __version__, "python": platform.python_version()}
+    return {**own, **{name: _version(name) for name in packages}}
 
 
 def commit() -> str | None:

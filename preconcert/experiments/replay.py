@@ -1,7 +1,7 @@
 """Replays: finished episodes as people read them, and the page that plays them.
 
-Parts: `Replay` and its frames, `replay_of` (an episode plus the board that its environment draws), `page` (one HTML file
-without anything to load). What an agent foretold stands beside what came.
+Parts: `Replay` and its frames, `replay_of` (an episode plus the board that its environment draws), `page` (one HTML
+file without anything to load). What an agent foretold stands beside what came.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from preconcert.experiments.curve import Curve
 from preconcert.prompts import END_OF_PLAY
 from preconcert.training.hindsight import reward_word
 from preconcert.training.measures import perceived
-
 
 _HEADLINE = {
     "trained": "trained team, sampled",
@@ -191,12 +190,13 @@ def headline(saved: Mapping[str, Any] | None, ceiling: float | None) -> tuple[li
         found = arms.get(name)
         if found is not None and found["success_rate"] is not None:
             low, high = found["success_ci95"]
-            figures.append((label, f"{found['success_rate']:.0%}", f"95%: {low:.0%} to {high:.0%}"))
-    if ceiling is not None:
+            figures.append((label, f"{found['success_rate']:.1%}", f"95%: {low:.0%} to {high:.0%}"))
+    if figures and ceiling is not None:
         figures.append(("the most without messages", f"{ceiling:.1%}", "proven for the task"))
     if saved is None:
-        return figures, "Not evaluated yet: `preconcert eval` adds success figures to this page."
-    return figures, f"Success over {saved['episodes']} held-out instances, the same for every figure (seed {saved['seed']})."
+        return figures, "Not evaluated yet; after `preconcert eval`, `preconcert watch` puts its figures here."
+    count, seed = saved["episodes"], saved["seed"]
+    return figures, f"Success over {count} held-out instances, the same for every figure (seed {seed})."
 
 
 def write_page(path: Path, html: str) -> None:

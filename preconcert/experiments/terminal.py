@@ -156,8 +156,9 @@ def episode_view(replay: Replay, width: int) -> RenderableType:
     end = "no notion of success" if replay.success is None else "solved" if replay.success else "not solved"
     parts: list[RenderableType] = [
         Text(f"{replay.task}, {replay.split} seed {replay.seed}", style="bold"),
-        Text(replay.legend, style="dim"),
     ]
+    if replay.legend:
+        parts.append(Text(replay.legend, style="dim"))
     for frame in replay.frames:
         parts.append(_frame(frame, width))
     colour = {None: "", True: "green", False: "red"}[replay.success]

@@ -131,8 +131,9 @@ def test_incomplete_turns_and_illegal_actions_are_refused(spelling: str) -> None
         turn_format.parse((*ids, ids[0]), others, ("stay",))
     with pytest.raises(GrammarError, match="stay"):
         turn_format.write(content, others, ("north",))
+    wrong = TurnContent("stay", content.intentions, ("9", "0"), "0", "no", ("a", "stay"))
     with pytest.raises(GrammarError, match="row"):
-        turn_format.write(TurnContent("stay", content.intentions, ("9", "0"), "0", "no", ("a", "stay")), others, ("stay",))
+        turn_format.write(wrong, others, ("stay",))
 
 
 def test_free_text_of_a_chat_model_is_read_with_its_spans() -> None:
@@ -158,7 +159,7 @@ def test_free_text_of_a_chat_model_is_read_with_its_spans() -> None:
         text.replace("east;", "east"), text.replace("col:", "column:"), text + " and so on", "I go east.",
     ):  # fmt: skip
         with pytest.raises(GrammarError):
-            turn_format.parse([*tokenizer.encode(wrong, add_special_tokens=False), turn_format.eos], ("agent_1",), legal)
+            turn_format.parse([*tokenizer.encode(wrong, add_special_tokens=False), ids[-1]], ("agent_1",), legal)
 
 
 @pytest.mark.parametrize("ended_with_eos", [True, False])

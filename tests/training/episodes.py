@@ -32,7 +32,9 @@ def message(sender: str, step: int, recipients: Sequence[str], bits: float = 2.0
     return Message(sender, tuple(recipients), payload, bits, 2, step)
 
 
-def episode(turns: Mapping[str, Sequence[Turn]], group: str = "g", sample: int = 0, success: bool | None = None) -> Episode:
+def episode(
+    turns: Mapping[str, Sequence[Turn]], group: str = "g", sample: int = 0, success: bool | None = None
+) -> Episode:
     """A finished episode."""
     steps = len(next(iter(turns.values())))
     return Episode(

@@ -1,6 +1,6 @@
 """A small run that kills itself: `python resumable_run.py OUT STAGE COUNT`.
 
-The process ends by SIGKILL, as by a power cut, when stage STAGE reports COUNT units done; with COUNT −1 it runs through.
+The process ends by SIGKILL, as by a power cut, when stage STAGE reports COUNT units done; with COUNT −1 it goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tiny real teams for the tests: a two-agent rendezvous, a starter or a chat checkpoint, adapters with weights that matter.
+"""Tiny real teams for the tests: a two-agent rendezvous on a starter or a chat checkpoint, with adapters that matter.
 
-Parts: checkpoints (`starter_checkpoint`, `chat_checkpoint`), `team_on`, `play`, and `FixedSource`, a rollout source that
-hands out rows made beforehand.
+Parts: checkpoints (`starter_checkpoint`, `chat_checkpoint`), `team_on`, `play`, `trainer_on`, and `FixedSource`, a
+rollout source that hands out rows made beforehand.
 """
 
 from __future__ import annotations
@@ -186,6 +186,8 @@ def gradients_of(
     model.model.train()
     model.model.zero_grad()
     trainer._step = 0
+    if trainer.args.gradient_checkpointing:  # the Trainer does this at the start of `train`
+        model.base.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     if change is not None:
         batch = trainer._generate_and_score_completions(None)
         change(batch)

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preconcert.core import Episode
-from preconcert.training.credit import ESTIMATORS, GROUP_KEYS, Grouping, TurnKey, agent_group, global_group, group_relative
+from preconcert.training.credit import (
+    ESTIMATORS,
+    GROUP_KEYS,
+    Grouping,
+    TurnKey,
+    agent_group,
+    global_group,
+    group_relative,
+)
 from tests.training.episodes import returns
 
 Estimator = Callable[[Sequence[Episode]], dict[TurnKey, float]]

@@ -91,6 +91,7 @@ def test_mixed_adapters_equal_rows_by_hand(
         starter, FixedSource(rows), table, tmp_path, hindsight_weight=0.5, gradient_checkpointing=checkpointing
     )
     found = gradients_of(trainer, starter)
+    assert starter.base.is_gradient_checkpointing == checkpointing
     size = max(float(value.abs().max()) for value in expected.values())
     assert size > 1e-3
     assert largest_difference(found, expected) < 2e-5 * max(1.0, size)
@@ -189,7 +190,8 @@ def sampled_places(rows: Sequence[Row], episodes: Sequence[Any], context: Contex
                 assert ids == turn.completion_ids
                 # The announced next action is hindsight's to teach, not the task's reward.
                 announced = {t for s in turn.spans if s.slot == "next" for t in range(s.start, s.end)}
-                places += [(number, offset + t) for t, chosen in enumerate(turn.sampled) if chosen and t not in announced]
+                chosen = [t for t, free in enumerate(turn.sampled) if free and t not in announced]
+                places += [(number, offset + t) for t in chosen]
                 number += context is Context.TURN
             number += context is Context.TRANSCRIPT
     assert number == len(rows)

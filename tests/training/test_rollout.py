@@ -1,4 +1,4 @@
-"""Rollouts with a real model: one batch per step, the same episodes in any company, log-probs that training confirms."""
+"""Rollouts with a real model: one batch per step, the same episodes in any company, log-probs as training sees them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from preconcert.core import Episode, StopReason, UnknownNameError, dump_episode
 from preconcert.envs import make_env, tasks
 from preconcert.models import TransformersModel
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
-from tests.training.teams import AGENTS, PARAMS, FixedSource, load, play, rows_of, settings_of, specs, team_on, trainer_on
+from tests.training.teams import (
+    AGENTS,
+    PARAMS,
+    FixedSource,
+    load,
+    play,
+    rows_of,
+    settings_of,
+    specs,
+    team_on,
+    trainer_on,
+)
 
 CASES = [(context, constrained) for context in Context for constrained in (True, False)]
 
@@ -48,6 +59,7 @@ def test_company_changes_no_episode(starter: TransformersModel, context: Context
     together = [dump_episode(e) for e in rollout(wanted, team, channel, 5)]
     some = [dump_episode(e) for e in rollout(wanted[2:4], team, channel, 5)]
     alone = [dump_episode(e) for spec in reversed(wanted) for e in rollout([spec], team, channel, 5)]
+    assert len({str(one["trajectories"]) for one in strip(together)}) == len(wanted), "samples of a group must differ"
     # Log-probabilities may differ in the last digit between batches of different size.
     assert strip(some) == strip(together[2:4])
     assert strip(alone[::-1]) == strip(together)
