@@ -183,9 +183,9 @@ class SignalScript:
     ambiguous one; the expert always says a unique one.
     """
 
-    SLIP: ClassVar[float] = 0.2
+    SLIP: ClassVar[float] = 0.1
     """Probability of a random pick."""
-    MISNAME: ClassVar[float] = 0.15
+    MISNAME: ClassVar[float] = 0.2
     """Probability of a random word."""
     CARE: ClassVar[float] = 0.5
     """Probability of choosing among the words that only the target has."""

@@ -1,4 +1,4 @@
-"""The language of turns: the span grammar, its templates, rendering, strict parsing, and the automata it compiles to."""
+"""The language of turns: the span grammar, its templates, rendering, strict parsing, and the automata behind it."""
 
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent

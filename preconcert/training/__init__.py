@@ -1,4 +1,4 @@
-"""Training: rollouts, credit, the supervised warm start, the gate and multi-agent GRPO, put together as resumable runs."""
+"""Training: rollouts, credit, warm start, gate and multi-agent GRPO, put together as resumable runs."""
 
 from preconcert.training.credit import ESTIMATORS, TurnKey, group_relative
 from preconcert.training.gate import GateResult, run_gate

@@ -121,7 +121,9 @@ class ScriptedPolicy:
 class _RandomPlayer:
     """Uniform over legal actions and message words, for environments without players of their own."""
 
-    def decide(self, env: Env, observation: Observation, inbox: Sequence[Message], rng: np.random.Generator) -> Decision:
+    def decide(
+        self, env: Env, observation: Observation, inbox: Sequence[Message], rng: np.random.Generator
+    ) -> Decision:
         slots = env.language.message
         words = " ".join(slot.choices[int(rng.integers(len(slot.choices)))] for slot in slots)
         action = observation.legal_actions[int(rng.integers(len(observation.legal_actions)))]

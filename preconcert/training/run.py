@@ -128,7 +128,8 @@ def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> No
         for key in sorted(set(held) | set(wanted)):
             if held.get(key) != wanted.get(key):
                 raise ConfigError(
-                    f"{str(out)!r} holds a run with {key}={_short(held.get(key))}, the recipe says {_short(wanted.get(key))}"
+                    f"{str(out)!r} holds a run with {key}={_short(held.get(key))}, "
+                    f"the recipe says {_short(wanted.get(key))}"
                 )
         return
     if resume and rank == 0 and out.exists() and any(out.iterdir()):
@@ -261,6 +262,7 @@ def _gate(
         reporter.stage("gate", 1)
         team = GenerativeTeam(model, env.language, recipe.agent, assignment)
         result = run_gate(recipe, team)
+        reporter.advance(1)
         write_json(marker, {**asdict(result), "gap": result.gap, "passed": result.passed})
     _barrier(world)
     held = json.loads(marker.read_text())
@@ -324,7 +326,9 @@ def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig
     """TRL's config for a recipe."""
     settings = recipe.grpo
     if settings.minibatches % settings.accumulate:
-        raise ConfigError(f"grpo.accumulate={settings.accumulate} does not divide grpo.minibatches={settings.minibatches}")
+        raise ConfigError(
+            f"grpo.accumulate={settings.accumulate} does not divide grpo.minibatches={settings.minibatches}"
+        )
     per_iteration = settings.minibatches * settings.epochs // settings.accumulate
     cuda = torch.cuda.is_available()
     return GRPOConfig(
