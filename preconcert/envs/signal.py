@@ -185,7 +185,7 @@ class SignalScript:
 
     SLIP: ClassVar[float] = 0.1
     """Probability of a random pick."""
-    MISNAME: ClassVar[float] = 0.2
+    MISNAME: ClassVar[float] = 0.25
     """Probability of a random word."""
     CARE: ClassVar[float] = 0.5
     """Probability of choosing among the words that only the target has."""
