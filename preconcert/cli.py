@@ -456,8 +456,8 @@ def _quiet() -> Iterator[None]:
 
 def _console(err: bool = False) -> Console:
     console = Console(stderr=err, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PIPE_WIDTH
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
     return console
 
 

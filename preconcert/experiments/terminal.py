@@ -108,7 +108,7 @@ def arms_table(found: Evaluation) -> RenderableType:
     """All arms, one row each, and the ceiling below."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
     table.title = f"{found.task}: {found.arms[0].measures.episodes} held-out episodes, seed {found.seed}"
-    table.add_column("who plays")
+    table.add_column("who plays", min_width=16, overflow="fold")
     table.add_column("success\n(95% interval)", justify="right")
     table.add_column("return", justify="right")
     table.add_column("intends right\n(copy-last, chance)", justify="right")
