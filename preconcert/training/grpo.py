@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -280,11 +280,6 @@ def set_trainable(model: PeftModel, adapters: Sequence[str]) -> None:
 def adapter_parameters(model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
     """The parameters of one adapter, in the model's order."""
     return [p for name, p in model.named_parameters() if f".{adapter}." in name and "lora_" in name]
-
-
-def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """A copy of one adapter's weights in peft's naming."""
-    return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model, adapter_name=adapter).items()}
 
 
 def write_marker(folder: Path, step: int, iteration: int) -> None:

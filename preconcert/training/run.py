@@ -29,7 +29,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig
 
 from preconcert.agents import ChannelSettings, GenerativeTeam
-from preconcert.core import ConfigError, Env, Episode, TrainingError, derive_seed, keep_episodes_before
+from preconcert.core import (
+    ConfigError,
+    Env,
+    Episode,
+    TrainingError,
+    UnknownNameError,
+    derive_seed,
+    keep_episodes_before,
+)
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel, build_starter
 from preconcert.prompts import TurnFormat, starter_words
@@ -92,8 +100,6 @@ def assign(recipe: Recipe, env: Env) -> dict[str, str]:
     Raises:
         ConfigError: an agent or a frozen adapter that does not exist.
     """
-    from preconcert.core import UnknownNameError
-
     if recipe.adapters is Adapters.PER_AGENT:
         assignment = {agent: agent for agent in env.agents}
     elif recipe.adapters is Adapters.SHARED:
@@ -289,9 +295,7 @@ def _reinforce(
     checkpoints = out / "checkpoints"
     held = latest_checkpoint(checkpoints)
     begin = held[1] if held is not None else 0
-    for other in range(world):
-        if other == rank:
-            keep_episodes_before(out / record_name(rank), begin)
+    keep_episodes_before(out / record_name(rank), begin)
     if rank == 0:
         _keep_log_before(out / "log.jsonl", begin)
     _barrier(world)
