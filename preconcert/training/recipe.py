@@ -129,6 +129,8 @@ class Recipe(BaseModel):
     """What the warm start must show."""
     grpo: GRPOSettings = GRPOSettings()
     """Reinforcement learning."""
+    keep_episodes: bool = True
+    """Append every training episode to episodes.jsonl, some MB per iteration. A run resumes exactly either way."""
     evaluation: RunEvaluation = RunEvaluation()
     """How the run is judged."""
     seed: int = Field(0, ge=0)

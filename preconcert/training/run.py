@@ -48,12 +48,23 @@ from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.rows import GrammarTable
 from preconcert.training.source import GameSource, record_name
+from preconcert.training.warm_cache import WarmCache, warm_basis, warm_key
 from preconcert.training.warm_start import WarmStartMethod, fine_tune, supervised_examples
 
 RESULT = "result.json"
+_IMITATOR = "imitator"
+"""The adapter that method `lora` trains, until the agents' own are copied from it."""
+_IMITATION = "imitation.json"
+"""What the supervised phase found, until the adapters stand."""
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, reporter: Reporter | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    warm_cache: Path | None = None,
+) -> Path:
     """Carry a run through all of its stages.
 
     Args:
@@ -61,6 +72,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, reporter: Reporter | 
         out: the run folder; made if missing.
         resume: go on with what the folder holds; without it the folder must be empty.
         reporter: receives progress.
+        warm_cache: a folder in which runs share their warm starts; the run ends with the same bits as without it.
 
     Returns:
         The run folder.
@@ -80,7 +92,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, reporter: Reporter | 
     if (out / RESULT).is_file():
         reporter.say(f"{out} is finished")
         return out
-    _one_at_a_time(rank, world, lambda: warm_start(recipe, out, env, assignment, reporter))
+    cache = WarmCache(warm_cache) if warm_cache is not None else None
+    _one_at_a_time(rank, world, lambda: warm_start(recipe, out, env, assignment, reporter, cache))
     model = load_model(recipe, out, out / "warm")
     if recipe.grpo.iterations:
         if not trainable:
@@ -177,54 +190,91 @@ def load_model(recipe: Recipe, run: Path, adapters: Path) -> TransformersModel:
 
 
 def warm_start(
-    recipe: Recipe, out: Path, env: Env, assignment: Mapping[str, str], reporter: Reporter
+    recipe: Recipe,
+    out: Path,
+    env: Env,
+    assignment: Mapping[str, str],
+    reporter: Reporter,
+    cache: WarmCache | None = None,
 ) -> dict[str, Any]:
     """Build or load the base, imitate scripted play, and write `warm/` (and `base/`)."""
     marker = out / "warm_start.json"
     if marker.is_file():
         return json.loads(marker.read_text())
-    started = time.perf_counter()
-    shutil.rmtree(out / "warm", ignore_errors=True)
-    shutil.rmtree(out / "base", ignore_errors=True)
-    settings = recipe.warm_start
+    for name in ("warm", "base", _IMITATOR):
+        shutil.rmtree(out / name, ignore_errors=True)
     names = list(dict.fromkeys(assignment.values()))
-    episodes = _imitation_episodes(recipe, max(settings.episodes, 64 if recipe.model == STARTER else 0), reporter)
-    source = recipe.model
-    if recipe.model == STARTER:
-        texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
-        texts += [t.final_observation.text for e in episodes for t in e.trajectories.values()]
-        words = starter_words([*texts, *getattr(env, "words", ())], env.language, env.agents)
-        source = str(build_starter(words, out / "blank", derive_seed(recipe.seed, "starter"), recipe.starter))
-    model = TransformersModel.load(source, recipe.lora, recipe.dtype)
-    log: list[dict[str, float]] = []
-    copied: str | None = None
-    if settings.episodes:
-        turn_format = TurnFormat(model.tokenizer, env.language, recipe.agent.spans, recipe.agent.memory)
-        examples = supervised_examples(episodes, turn_format, recipe.agent)
-        reporter.stage("warm start", settings.steps)
-        callbacks: list[TrainerCallback] = [_Progress(reporter)]
-        scratch = out / "scratch"
-        seed = derive_seed(recipe.seed, "warm start")
-        if settings.method is WarmStartMethod.FULL:
-            log = fine_tune(model.base, model.tokenizer, examples, settings, scratch, seed, callbacks)
-        else:
-            copied = names[0]
-            model.add_adapter(copied, derive_seed(recipe.seed, "adapter", copied))
-            log = fine_tune(model.model, model.tokenizer, examples, settings, scratch, seed, callbacks)
-        shutil.rmtree(scratch, ignore_errors=True)
-    if recipe.model == STARTER or (settings.episodes and settings.method is WarmStartMethod.FULL):
-        _save_base(model, out / "base")
-        model = TransformersModel.load(out / "base", recipe.lora, recipe.dtype)
-        shutil.rmtree(out / "blank", ignore_errors=True)
+    basis = warm_basis(recipe)
+    if cache is None:
+        imitate(basis, out, env, names[0], reporter)
+    else:
+        cache.copy(
+            warm_key(recipe, names[0]), out, lambda folder: imitate(basis, folder, env, names[0], reporter), reporter
+        )
+    base = out / "base"
+    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+    copied = names[0] if (out / _IMITATOR).is_dir() else None
+    if copied is not None:
+        model.load_adapter(copied, out / _IMITATOR)
     for name in names:
         if name not in model.adapters:
             model.add_adapter(name, derive_seed(recipe.seed, "adapter", name), copied)
         model.save_adapter(name, out / "warm" / name)
-    found: dict[str, Any] = {"episodes": len(episodes), "log": log, "wall_s": time.perf_counter() - started}
-    judged = [e.success for e in episodes if e.success is not None]
-    found["script_success"] = sum(judged) / len(judged) if judged else None
+    found = json.loads((out / _IMITATION).read_text())
     write_json(marker, found)
+    (out / _IMITATION).unlink()
+    shutil.rmtree(out / _IMITATOR, ignore_errors=True)
     return found
+
+
+def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Reporter) -> None:
+    """The part of the warm start that runs can share: `base/` or `imitator/` in a folder, and what was found.
+
+    Args:
+        basis: from `warm_basis`.
+        folder: an existing folder.
+        env: of the task, for its words.
+        adapter: the name that seeds the imitator under method `lora`.
+        reporter: receives progress.
+    """
+    started = time.perf_counter()
+    settings = basis.warm_start
+    episodes = _imitation_episodes(basis, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
+    source = basis.model
+    if basis.model == STARTER:
+        texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
+        texts += [t.final_observation.text for e in episodes for t in e.trajectories.values()]
+        words = starter_words([*texts, *getattr(env, "words", ())], env.language, env.agents)
+        source = str(build_starter(words, folder / "blank", derive_seed(basis.seed, "starter"), basis.starter))
+    model = TransformersModel.load(source, basis.lora, basis.dtype)
+    log: list[dict[str, float]] = []
+    if settings.episodes:
+        turn_format = TurnFormat(model.tokenizer, env.language, basis.agent.spans, basis.agent.memory)
+        examples = supervised_examples(episodes, turn_format, basis.agent)
+        reporter.stage("warm start", settings.steps)
+        callbacks: list[TrainerCallback] = [_Progress(reporter)]
+        scratch = folder / "scratch"
+        seed = derive_seed(basis.seed, "warm start")
+        if settings.method is WarmStartMethod.FULL:
+            log = fine_tune(model.base, model.tokenizer, examples, settings, scratch, seed, callbacks)
+        else:
+            model.add_adapter(adapter, derive_seed(basis.seed, "adapter", adapter))
+            log = fine_tune(model.model, model.tokenizer, examples, settings, scratch, seed, callbacks)
+            model.save_adapter(adapter, folder / _IMITATOR)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if settings.episodes and settings.method is WarmStartMethod.FULL:
+        _save_base(model, folder / "base")
+    elif basis.model == STARTER:
+        shutil.copytree(folder / "blank", folder / "base")
+    shutil.rmtree(folder / "blank", ignore_errors=True)
+    judged = [e.success for e in episodes if e.success is not None]
+    found = {
+        "episodes": len(episodes),
+        "log": log,
+        "wall_s": time.perf_counter() - started,
+        "script_success": sum(judged) / len(judged) if judged else None,
+    }
+    write_json(folder / _IMITATION, found)
 
 
 def _imitation_episodes(recipe: Recipe, count: int, reporter: Reporter) -> list[Episode]:
@@ -301,7 +351,7 @@ def _reinforce(
     _barrier(world)
     table = GrammarTable()
     team = GenerativeTeam(model, env.language, recipe.agent, assignment, settings.temperature)
-    source = GameSource(recipe, team, table, frozenset(trainable), out, rank, world)
+    source = GameSource(recipe, team, table, frozenset(trainable), out if recipe.keep_episodes else None, rank, world)
     reporter.stage("reinforcement learning", settings.iterations)
     reporter.advance(begin)
     reference = None

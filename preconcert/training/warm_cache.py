@@ -1,0 +1,84 @@
+"""A cache of warm-started bases, addressed by what makes them, so that runs which differ later share one.
+
+Parts: `warm_basis` (the part of a recipe that the supervised phase reads; it is carried out from this part alone, so
+that nothing else can have an effect), `warm_key` (its hash), `WarmCache` (folders by key, each made once, also when
+several processes ask at the same time). The making itself is in `run.py`.
+
+The key holds the versions of the libraries but not the commit: a cache is for runs of one state of the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter
+from preconcert.training.warm_start import WarmStartMethod
+
+BASIS = ("task", "params", "model", "dtype", "starter", "lora", "agent", "warm_start", "seed", "threads")
+"""Keys of a recipe that the supervised phase reads."""
+_LIBRARIES = ("torch", "transformers", "trl", "peft")
+
+
+def warm_basis(recipe: Recipe) -> Recipe:
+    """The recipe with everything at its default that the supervised phase does not read."""
+    return Recipe(**{name: getattr(recipe, name) for name in BASIS})
+
+
+def warm_key(recipe: Recipe, first_adapter: str) -> str:
+    """The hash of everything that the supervised phase depends on.
+
+    Args:
+        recipe: of the run.
+        first_adapter: the adapter that is trained under method `lora`; its name seeds it. It has no effect otherwise.
+    """
+    content = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
+    content["adapter"] = first_adapter if recipe.warm_start.method is WarmStartMethod.LORA else None
+    content["libraries"] = {name: metadata.version(name) for name in _LIBRARIES}
+    content["cuda"] = torch.cuda.is_available()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class WarmCache:
+    """Folders by key.
+
+    Args:
+        folder: made when the first entry is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, key: str) -> bool:
+        return (self.folder / key).is_dir()
+
+    def copy(self, key: str, out: Path, make: Callable[[Path], None], reporter: Reporter) -> None:
+        """Copy an entry's content into a folder; make the entry first if there is none.
+
+        Args:
+            key: from `warm_key`.
+            out: an existing folder.
+            make: fills an empty folder. What it raises leaves no entry behind.
+            reporter: is told about waiting.
+        """
+        entry = self.folder / key
+        if not entry.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            reporter.stage("shared warm start", 1)
+            with FileLock(self.folder / f"{key}.lock"):  # the system lets go of it when its holder dies
+                if not entry.is_dir():
+                    beside = self.folder / f"{key}.new"
+                    shutil.rmtree(beside, ignore_errors=True)
+                    beside.mkdir()
+                    make(beside)
+                    os.replace(beside, entry)
+        shutil.copytree(entry, out, dirs_exist_ok=True)
