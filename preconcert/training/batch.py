@@ -17,7 +17,12 @@ from preconcert.training.rows import Row
 
 
 def collate(
-    rows: Sequence[Row], adapters: Sequence[str], pad_id: int, multiple: int, at_least: int = 0
+    rows: Sequence[Row],
+    adapters: Sequence[str],
+    pad_id: int,
+    multiple: int,
+    at_least: int = 0,
+    agents: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """All rows of a rollout, prompts padded left, completions right.
 
@@ -30,10 +35,12 @@ def collate(
         pad_id: fills both sides.
         multiple: the number of parts.
         at_least: how many rows there must be; processes that train together need equally many.
+        agents: names in the order of the `agent` column; None for those of the rows, sorted.
 
     Returns:
         `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `tool_mask`, `target_ids`,
-        `old_per_token_logps`, `advantages`, `allowed` (B, T); `adapter` (B,).
+        `old_per_token_logps`, `advantages`, `allowed`, `joint` (B, T); `adapter`,
+        `agent` (B,).
     """
     total = -(-max(len(rows), at_least) // multiple) * multiple
     everything = [*rows, *([rows[0]] * (total - len(rows)))]
@@ -48,6 +55,7 @@ def collate(
     logprobs = np.zeros((total, width), dtype=np.float32)
     advantages = np.zeros((total, width), dtype=np.float32)
     allowed = np.full((total, width), UNSCORED, dtype=np.int64)
+    joint = np.full((total, width), -1, dtype=np.int64)
     for i, row in enumerate(everything):
         p, n = len(row.prompt_ids), len(row.completion_ids)
         prompt_ids[i, prompt_width - p :] = row.prompt_ids
@@ -59,9 +67,12 @@ def collate(
             targets[i, :n] = row.targets
             logprobs[i, :n] = row.logprobs
             advantages[i, :n] = row.advantages
+            joint[i, :n] = row.joint
             allowed[i, :n] = np.where(row.policy | (row.targets >= 0), row.allowed, UNSCORED)
     index = {name: i for i, name in enumerate(adapters)}
     column = np.array([index[row.adapter] for row in everything], dtype=np.int64)
+    number = {name: i for i, name in enumerate(sorted({row.agent for row in rows}) if agents is None else agents)}
+    writer = np.array([number[row.agent] for row in everything], dtype=np.int64)
     return {
         "prompt_ids": _tensor(prompt_ids),
         "prompt_mask": _tensor(prompt_mask),
@@ -72,7 +83,9 @@ def collate(
         "old_per_token_logps": _tensor(logprobs),
         "advantages": _tensor(advantages),
         "allowed": _tensor(allowed),
+        "joint": _tensor(joint),
         "adapter": _tensor(column),
+        "agent": _tensor(writer),
     }
 
 

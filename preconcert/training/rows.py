@@ -37,10 +37,14 @@ class Row:
     advantages: NDArray[np.float32]
     allowed: NDArray[np.int64]
     """Row of the grammar table that the token was chosen under; -1 for free sampling."""
+    agent: str
+    """Who wrote it."""
+    joint: NDArray[np.int64]
+    """Which step of which episode each token belongs to, numbered through the rollout; -1 for tokens of no turn."""
 
     def __post_init__(self) -> None:
         n = len(self.completion_ids)
-        for name in ("policy", "targets", "logprobs", "advantages", "allowed"):
+        for name in ("policy", "targets", "logprobs", "advantages", "allowed", "joint"):
             length = len(getattr(self, name))
             if length != n:
                 raise TrainingError(f"{name} has {length} entries for {n} completion tokens")
@@ -100,6 +104,7 @@ def build_rows(
         settings: which tokens count.
     """
     rows: list[Row] = []
+    starts = np.cumsum([0, *(episode.steps for episode in episodes)])
     for position, episode in enumerate(episodes):
         for agent, trajectory in episode.trajectories.items():
             turns = [turn for turn in trajectory.turns if turn.completion_ids]
@@ -107,7 +112,17 @@ def build_rows(
                 continue
             others = tuple(other for other in episode.trajectories if other != agent)
             parts = [
-                _turn_row(episode, agent, i, others, advantages[TurnKey(position, agent, i)], team, table, settings)
+                _turn_row(
+                    episode,
+                    agent,
+                    i,
+                    others,
+                    advantages[TurnKey(position, agent, i)],
+                    int(starts[position]) + i,
+                    team,
+                    table,
+                    settings,
+                )
                 for i in range(len(trajectory.turns))
             ]
             if team.settings.context is Context.TURN:
@@ -123,6 +138,7 @@ def _turn_row(
     index: int,
     others: tuple[str, ...],
     advantage: float,
+    joint: int,
     team: GenerativeTeam,
     table: GrammarTable,
     settings: RowSettings,
@@ -149,6 +165,8 @@ def _turn_row(
         logprobs=np.where(policy, np.array(turn.logprobs, dtype=np.float32), np.float32(0)),
         advantages=np.where(policy, np.float32(advantage), np.float32(0)),
         allowed=allowed,
+        agent=agent,
+        joint=np.full(n, joint, dtype=np.int64),
     )
 
 
@@ -201,15 +219,26 @@ def _transcript_row(parts: Sequence[Row]) -> Row:
     policy = np.zeros(n, dtype=bool)
     logprobs, advantages = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
     allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
-    targets = np.full(n, -1, dtype=np.int64)
+    targets, joint = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
     for part in parts:
         begin = len(part.prompt_ids) - start
         end = begin + len(part.completion_ids)
         if ids[len(part.prompt_ids) : len(part.prompt_ids) + len(part.completion_ids)] != part.completion_ids:
             raise TrainingError(f"the transcript does not hold the completion of {len(part.completion_ids)} tokens")
         policy[begin:end], logprobs[begin:end], targets[begin:end] = part.policy, part.logprobs, part.targets
-        advantages[begin:end], allowed[begin:end] = part.advantages, part.allowed
-    return Row(first.adapter, first.prompt_ids, ids[start:], policy, targets, logprobs, advantages, allowed)
+        advantages[begin:end], allowed[begin:end], joint[begin:end] = part.advantages, part.allowed, part.joint
+    return Row(
+        first.adapter,
+        first.prompt_ids,
+        ids[start:],
+        policy,
+        targets,
+        logprobs,
+        advantages,
+        allowed,
+        first.agent,
+        joint,
+    )
 
 
 def worth_training(
