@@ -51,7 +51,7 @@ from preconcert.models import (
 from preconcert.models.decoding import sample
 from preconcert.prompts import starter_words
 from preconcert.training.batch import collate
-from preconcert.training.credit import ESTIMATORS
+from preconcert.training.credit import estimate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 from preconcert.training.recipe import GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -263,7 +263,7 @@ class Bench:
         need = -(-self.scale.update_rows // (len(AGENTS) * self.env.horizon * self.scale.group))
         episodes = self._play(self.model, need, self.scale.group)
         rng = np.random.default_rng(0)
-        credit = {key: float(rng.normal()) for key in ESTIMATORS["agent"](episodes)}
+        credit = {key: float(rng.normal()) for key in estimate(episodes).advantages}
         settings = GameSource(self._recipe, team, table, frozenset(AGENTS), None).settings
         return build_rows(episodes, credit, team, table, settings)[: self.scale.update_rows], table
 

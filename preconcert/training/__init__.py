@@ -1,6 +1,6 @@
 """Training: rollouts, credit, warm start, gate and multi-agent GRPO, put together as resumable runs."""
 
-from preconcert.training.credit import ESTIMATORS, TurnKey, group_relative
+from preconcert.training.credit import ESTIMATORS, Credit, RewardSettings, TurnKey, estimate
 from preconcert.training.gate import GateResult, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout, RolloutSource
 from preconcert.training.measures import Measures, measure
@@ -10,7 +10,7 @@ from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.run import load_model, load_recipe_of, train
 
 __all__ = [
-    "ESTIMATORS", "EpisodeSpec", "GateResult", "Measures", "MultiAgentGRPOTrainer", "Recipe", "Reporter", "Rollout",
-    "RolloutSource", "ScriptedPolicy", "Silent", "TurnKey", "group_relative", "load_model", "load_recipe_of",
-    "measure", "rollout", "run_gate", "train",
+    "ESTIMATORS", "Credit", "EpisodeSpec", "GateResult", "Measures", "MultiAgentGRPOTrainer", "Recipe", "Reporter",
+    "RewardSettings", "Rollout", "RolloutSource", "ScriptedPolicy", "Silent", "TurnKey", "estimate", "load_model",
+    "load_recipe_of", "measure", "rollout", "run_gate", "train",
 ]

@@ -26,9 +26,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from preconcert.core import TrainingError
+from preconcert.core import Episode, TrainingError
 from preconcert.models import AdapterRoute, add_constrained_head
 from preconcert.training.batch import collate
+from preconcert.training.credit import Number, TurnKey
 from preconcert.training.rows import GrammarTable, Row
 
 MARKER = "complete.json"
@@ -44,6 +45,10 @@ class Rollout:
     """Logged with the step."""
     policy_tokens: int
     """The policy loss's denominator: its tokens, those of rows left out for want of an advantage included."""
+    episodes: Sequence[Episode] = ()
+    """What was played."""
+    returns: Mapping[TurnKey, Number] | None = None
+    """What a critic should have said about `episodes`, where the credit estimator works with one."""
 
 
 class RolloutSource(Protocol):

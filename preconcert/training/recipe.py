@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from preconcert.agents import AgentSettings, ChannelSettings
 from preconcert.core import SpanKind
 from preconcert.models import LoraSettings, StarterSettings
+from preconcert.training.credit import AgentCredit, CreditSettings, RewardSettings
 from preconcert.training.warm_start import WarmStartSettings
 
 STARTER = "starter"
@@ -48,8 +49,10 @@ class GRPOSettings(BaseModel):
     """Task instances per rollout."""
     group: int = Field(8, ge=2)
     """Episodes per task instance."""
-    credit: Literal["agent", "global", "agent-centred", "global-centred"] = "agent"
-    """Estimator: which returns are compared with one another."""
+    credit: CreditSettings = AgentCredit()
+    """Estimator: a name, or a mapping with its `type` and settings."""
+    rewards: RewardSettings = RewardSettings()
+    """How rewards are put together before any estimator reads them."""
     epochs: int = Field(2, ge=1)
     """Passes over each rollout (TRL's num_iterations)."""
     minibatches: int = Field(4, ge=1)

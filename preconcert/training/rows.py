@@ -17,7 +17,7 @@ from preconcert.agents import Context, GenerativeTeam
 from preconcert.core import Episode, SpanKind, TrainingError, Turn
 from preconcert.models import UNCONSTRAINED, grammar_table
 from preconcert.prompts import Automaton
-from preconcert.training.credit import TurnKey
+from preconcert.training.credit import Number, TurnKey
 from preconcert.training.hindsight import hindsight_content, true_slots
 
 
@@ -85,11 +85,13 @@ class RowSettings:
     """Give the action a target too, the one taken, where the forecast before it came true."""
     trainable: frozenset[str]
     """Adapters that learn; turns of others give no row."""
+    first_turn_only: bool = False
+    """The policy loss is on the first turn of each episode alone: what follows was played to judge that turn."""
 
 
 def build_rows(
     episodes: Sequence[Episode],
-    advantages: Mapping[TurnKey, float],
+    advantages: Mapping[TurnKey, Number],
     team: GenerativeTeam,
     table: GrammarTable,
     settings: RowSettings,
@@ -98,10 +100,13 @@ def build_rows(
 
     Args:
         episodes: the rollout.
-        advantages: from `credit`.
+        advantages: from `credit`; one number per turn, or one per completion token.
         team: knows the format and the context mode that the turns were written in.
         table: receives the automata that the rows refer to.
         settings: which tokens count.
+
+    Raises:
+        TrainingError: advantages per token that do not fit their turn.
     """
     rows: list[Row] = []
     starts = np.cumsum([0, *(episode.steps for episode in episodes)])
@@ -137,7 +142,7 @@ def _turn_row(
     agent: str,
     index: int,
     others: tuple[str, ...],
-    advantage: float,
+    advantage: Number,
     joint: int,
     team: GenerativeTeam,
     table: GrammarTable,
@@ -145,7 +150,11 @@ def _turn_row(
 ) -> Row:
     turn = episode.trajectories[agent].turns[index]
     n = len(turn.completion_ids)
-    policy = np.array(turn.sampled, dtype=bool)
+    if np.ndim(advantage) and np.shape(advantage) != (n,):
+        raise TrainingError(
+            f"{np.size(advantage)} advantages for the {n} tokens of turn {index} of {agent!r} in group {episode.group}"
+        )
+    policy = np.array(turn.sampled, dtype=bool) & (index == 0 or not settings.first_turn_only)
     if not turn.malformed:
         policy &= _span_mask(turn, n, team, settings)
     allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
@@ -163,7 +172,7 @@ def _turn_row(
         policy=policy,
         targets=targets,
         logprobs=np.where(policy, np.array(turn.logprobs, dtype=np.float32), np.float32(0)),
-        advantages=np.where(policy, np.float32(advantage), np.float32(0)),
+        advantages=np.where(policy, np.asarray(advantage, dtype=np.float32), np.float32(0)),
         allowed=allowed,
         agent=agent,
         joint=np.full(n, joint, dtype=np.int64),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from preconcert.agents import GenerativeTeam
-from preconcert.core import Episode, append_episodes, derive_seed
-from preconcert.training.credit import ESTIMATORS
+from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
+from preconcert.training.credit import Values, ledger_of
 from preconcert.training.grpo import Rollout
 from preconcert.training.measures import measure
 from preconcert.training.recipe import Recipe
@@ -35,6 +36,11 @@ class GameSource:
         rank: this process.
         world: number of processes; each plays whole groups.
         on_rollout: called with (iteration, episodes, metrics).
+        values: a critic's estimates of a rollout, for credit estimators that need them.
+
+    Raises:
+        ConfigError: the credit estimator needs values and there is nobody to give them, or rewards are scaled for an
+            agent that the team does not have.
     """
 
     def __init__(
@@ -47,19 +53,34 @@ class GameSource:
         rank: int = 0,
         world: int = 1,
         on_rollout: Callable[[int, list[Episode], dict[str, float]], None] | None = None,
+        values: Callable[[Sequence[Episode]], Values] | None = None,
     ) -> None:
+        if recipe.grpo.credit.needs_values and values is None:
+            raise ConfigError(f"grpo.credit={recipe.grpo.credit.type} needs a critic's values, and there is no critic")
+        recipe.grpo.rewards.check(team.assignment)
         self.recipe = recipe
         self.team = team
         self.table = table
         self.folder = folder
         self.rank, self.world = rank, world
         self.on_rollout = on_rollout
+        self.values = values
+        self.credit_state: dict[str, float] = {}
         self.settings = RowSettings(
             policy_spans=frozenset(recipe.grpo.policy_spans),
             hindsight=recipe.grpo.hindsight_weight > 0,
             bind_action=recipe.grpo.bind_action,
             trainable=trainable,
+            first_turn_only=recipe.grpo.credit.branches,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next iteration needs to know of the ones before, as JSON takes it."""
+        return {"credit": dict(self.credit_state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.credit_state = {str(name): float(value) for name, value in state["credit"].items()}
 
     def specs(self, iteration: int) -> list[EpisodeSpec]:
         """The episodes that this process plays."""
@@ -91,8 +112,12 @@ class GameSource:
         if self.folder is not None:
             append_episodes(self.folder / record_name(self.rank), episodes)
         stored = time.perf_counter()
-        advantages = ESTIMATORS[recipe.grpo.credit](episodes)
-        rows = build_rows(episodes, advantages, self.team, self.table, self.settings)
+        values = self.values(episodes) if self.values is not None and recipe.grpo.credit.needs_values else None
+        valued = time.perf_counter()
+        credit = recipe.grpo.credit.estimate(ledger_of(episodes, recipe.grpo.rewards, values), self.credit_state)
+        self.credit_state = dict(credit.state)
+        credited = time.perf_counter()
+        rows = build_rows(episodes, credit.advantages, self.team, self.table, self.settings)
         policy_tokens = sum(int(row.policy.sum()) for row in rows)
         if recipe.grpo.beta == 0.0 and recipe.grpo.loss == "dapo":
             rng = np.random.default_rng(derive_seed(recipe.seed, "rows", iteration, self.rank))
@@ -109,15 +134,18 @@ class GameSource:
                 "message_bits_per_turn": found.message_bits_per_turn,
                 "generated_tokens": found.generated_tokens,
                 "episode_steps": found.steps_mean,
+                "environment_steps": sum(episode.steps for episode in episodes),
                 "rollout_s": played - started,
                 "record_s": stored - played,
-                "credit_s": time.perf_counter() - stored,
+                "values_s": valued - stored if values is not None else None,
+                "credit_s": credited - valued,
+                "rows_s": time.perf_counter() - credited,
             }.items()
             if value is not None
         }
         if self.on_rollout is not None:
             self.on_rollout(iteration, episodes, metrics)
-        return Rollout(rows, metrics, policy_tokens)
+        return Rollout(rows, metrics, policy_tokens, episodes, credit.returns)
 
 
 def record_name(rank: int) -> str:

@@ -19,7 +19,7 @@ from preconcert.core import Episode, SpanKind
 from preconcert.envs import make_env
 from preconcert.models import LoraSettings, StarterSettings, TransformersModel, build_starter
 from preconcert.prompts import SpanSettings, starter_words
-from preconcert.training.credit import ESTIMATORS
+from preconcert.training.credit import estimate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 from preconcert.training.recipe import GateSettings, GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -105,7 +105,7 @@ def rows_of(
 ) -> tuple[list[Row], GrammarTable]:
     """The rows of a rollout; `advantage` says each turn's by its number, since an untrained team earns nothing."""
     table = GrammarTable() if table is None else table
-    credit = ESTIMATORS["agent"](episodes)
+    credit = estimate(episodes).advantages
     if advantage is not None:
         credit = {key: advantage(number) for number, key in enumerate(credit)}
     settings = GameSource(recipe_of(), team, table, trainable, None).settings

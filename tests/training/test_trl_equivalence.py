@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from preconcert.agents import GenerativeTeam
 from preconcert.core import Episode, Trajectory
 from preconcert.models import TransformersModel
-from preconcert.training.credit import ESTIMATORS
+from preconcert.training.credit import estimate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 from preconcert.training.rows import GrammarTable, Row
 from tests.training.teams import largest_difference, load, play, rows_of, settings_of, team_on, weights_of
@@ -47,7 +47,7 @@ class Playing:
     def collect(self, iteration: int) -> Rollout:
         """Four groups of four one-turn episodes."""
         episodes = [one_agent(e) for e in play(self.team, PROMPTS, GROUP, seed=iteration)]
-        credit = list(ESTIMATORS[self.credit](episodes).values())
+        credit = list(estimate(episodes, self.credit).advantages.values())
         rows, _ = rows_of(self.team, episodes, lambda number: credit[number], trainable=frozenset(["solo"]))
         self.rows += rows
         return Rollout(rows, {}, sum(int(row.policy.sum()) for row in rows))

@@ -1,0 +1,154 @@
+"""The record that estimators read: who was paid what, and when, without words, tokens or tensors.
+
+Parts: `TurnKey` names a turn, `Strand` is one agent's side of a game, `Game` is one episode, a `Ledger` is a rollout,
+and `ledger_of` makes one from episodes. How rewards are put together beforehand is in `rewards.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preconcert.core import Episode, TrainingError
+from preconcert.training.credit.rewards import RewardSettings, shaped_rewards
+
+
+@dataclass(frozen=True, slots=True)
+class TurnKey:
+    """Names one turn among the episodes of a rollout."""
+
+    episode: int
+    """Position in the sequence of episodes."""
+    agent: str
+    index: int
+    """Which of the agent's turns, from 0."""
+
+
+Number = float | NDArray[np.float64]
+"""One number for a whole turn, or one per completion token."""
+
+Values = Mapping[TurnKey, Number]
+"""A critic's estimate of what is still to come: before the turn, or before each of its completion tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Strand:
+    """One agent's side of a game. All sequences have one entry per turn."""
+
+    agent: str
+    rewards: NDArray[np.float64]
+    """As the estimators shall see them, shape (turns,)."""
+    sampled: tuple[tuple[bool, ...], ...]
+    """Per completion token, whether it was a choice. Empty for the turns of scripted players."""
+    values: NDArray[np.float64] | None = None
+    """The critic's estimate before each turn, shape (turns,)."""
+    token_values: tuple[NDArray[np.float64], ...] | None = None
+    """The critic's estimate before each completion token, where it gives one."""
+
+    @property
+    def turns(self) -> int:
+        """How many."""
+        return len(self.rewards)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Completion tokens per turn."""
+        return tuple(len(turn) for turn in self.sampled)
+
+    @property
+    def learns(self) -> bool:
+        """Written by a model; scripted players have no tokens and are part of the world."""
+        return any(self.sampled)
+
+    @property
+    def total(self) -> float:
+        """The undiscounted return."""
+        return sum(self.rewards.tolist())
+
+    def to_go(self, gamma: float = 1.0) -> NDArray[np.float64]:
+        """The discounted return from each turn on, its own reward included."""
+        return discounted(self.rewards, gamma)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Game:
+    """One episode."""
+
+    group: str
+    """Games of one group are samples of the same task instance, or of the same moment of one."""
+    strands: Mapping[str, Strand]
+    """By agent name, in the order in which the agents act."""
+
+
+Ledger = Sequence[Game]
+
+
+def ledger_of(
+    episodes: Sequence[Episode], rewards: RewardSettings | None = None, values: Values | None = None
+) -> list[Game]:
+    """A rollout as estimators read it.
+
+    Args:
+        episodes: the rollout; their own rewards stay as the environment paid them.
+        rewards: how rewards are put together; None takes them as they are.
+        values: a critic's estimates, for every turn that a model wrote.
+
+    Raises:
+        TrainingError: a reward or a value is not finite, a value is missing, or does not fit its turn.
+    """
+    settings = rewards or RewardSettings()
+    return [
+        Game(
+            episode.group,
+            {
+                agent: _strand(position, episode, agent, paid, values)
+                for agent, paid in shaped_rewards(episode, settings).items()
+            },
+        )
+        for position, episode in enumerate(episodes)
+    ]
+
+
+def discounted(amounts: NDArray[np.float64], decay: float) -> NDArray[np.float64]:
+    """Σ_{k≥t} decay^{k−t} amounts_k for every t."""
+    found = np.empty(len(amounts), dtype=np.float64)
+    running = 0.0
+    for index in range(len(amounts) - 1, -1, -1):
+        running = float(amounts[index]) + decay * running
+        found[index] = running
+    return found
+
+
+def _strand(
+    position: int, episode: Episode, agent: str, paid: NDArray[np.float64], values: Values | None
+) -> Strand:
+    sampled = tuple(turn.sampled for turn in episode.trajectories[agent].turns)
+    if values is None or not any(sampled):
+        return Strand(agent, paid, sampled)
+    first: list[float] = []
+    per_token: list[NDArray[np.float64]] = []
+    for index, tokens in enumerate(sampled):
+        key = TurnKey(position, agent, index)
+        if key not in values:
+            raise TrainingError(f"no value for turn {index} of {agent!r} in episode {position}, group {episode.group}")
+        if not tokens:
+            raise TrainingError(f"turn {index} of {agent!r} in group {episode.group} is empty, others are not")
+        value = np.asarray(values[key], dtype=np.float64)
+        if not np.isfinite(value).all():
+            raise TrainingError(f"value {values[key]} at turn {index} of {agent!r} in group {episode.group}")
+        if value.ndim:
+            if value.shape != (len(tokens),):
+                raise TrainingError(
+                    f"{value.size} values for the {len(tokens)} tokens of turn {index} of {agent!r} in group "
+                    f"{episode.group}"
+                )
+            per_token.append(value)
+        first.append(float(value.flat[0]))
+    if per_token and len(per_token) != len(sampled):
+        raise TrainingError(
+            f"{agent!r} in group {episode.group}: values per token at {len(per_token)} of {len(sampled)} turns"
+        )
+    return Strand(agent, paid, sampled, np.array(first, dtype=np.float64), tuple(per_token) or None)
