@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -28,6 +29,20 @@ from preconcert.core import (
 from preconcert.envs.random_player import RandomPlayer
 
 SPLITS: tuple[str, ...] = ("train", "heldout")
+
+
+class Variety(StrEnum):
+    """What distinguishes the instances of a task, and so what a held-out split can mean."""
+
+    LAYOUTS = "layouts"
+    """Layouts; no layout of the held-out split is met in training."""
+    CHANCE = "chance"
+    """Chance moves drawn from the seed. All of them belong to the one game that is learned, so nothing is held out:
+    the splits draw from different random streams and share what they draw."""
+    NOTHING = "nothing"
+    """Nothing: every seed of either split gives the same game, and episodes differ by their players' choices alone."""
+
+
 PLAYERS: tuple[str, ...] = ("expert", "scripted", "random")
 _MAX_DRAWS = 20_000
 
@@ -80,6 +95,9 @@ class Task(ABC, Generic[ParamsT, StateT]):
 
     name: ClassVar[str]
     Params: ClassVar[type[BaseModel]]
+    variety: ClassVar[Variety] = Variety.LAYOUTS
+    opponents: ClassVar[Mapping[str, Callable[[], Player]]] = MappingProxyType({})
+    """Players with a character of their own by name, for `player`: a population to train or to measure against."""
 
     agents: tuple[str, ...]
     horizon: int
@@ -92,7 +110,7 @@ class Task(ABC, Generic[ParamsT, StateT]):
         Args:
             params: the task's `Params`, or a mapping of them.
             seed: not negative; everything random follows from it.
-            split: `train` or `heldout`; the two never share a layout.
+            split: `train` or `heldout`; what that keeps apart is the task's `variety`.
         """
         if split not in SPLITS:
             raise UnknownNameError("split", split, SPLITS)
@@ -131,23 +149,32 @@ class Task(ABC, Generic[ParamsT, StateT]):
 
     @abstractmethod
     def layout_key(self) -> str:
-        """The part of the layout that splits are made by, in words."""
+        """The part of the layout that splits are made by, in words.
+
+        Without layouts, what chance drew; a fixed phrase where it draws nothing.
+        """
 
     @classmethod
     @abstractmethod
     def no_message_ceiling(cls, params: ParamsT) -> float | None:
-        """The success probability that no team without messages can exceed; None where it is not known exactly."""
+        """The success probability that no team without messages can exceed.
+
+        None where it is not known exactly, where there are no messages, and where episodes have no success.
+        """
 
     @classmethod
     def player(cls, kind: str) -> Player:
         """A program that plays any one agent.
 
         Args:
-            kind: `expert` (always succeeds), `scripted` (an imperfect teacher) or `random`.
+            kind: `expert` (always succeeds; where there is no success, plays well against anyone), `scripted` (an
+                imperfect teacher), `random`, or one of the task's `opponents`.
         """
-        if kind not in PLAYERS:
-            raise UnknownNameError("player", kind, PLAYERS)
-        return RandomPlayer() if kind == "random" else cls._player(kind)
+        if kind in PLAYERS:
+            return RandomPlayer() if kind == "random" else cls._player(kind)
+        if kind not in cls.opponents:
+            raise UnknownNameError("player", kind, (*PLAYERS, *cls.opponents))
+        return cls.opponents[kind]()
 
     @classmethod
     @abstractmethod
