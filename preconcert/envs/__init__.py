@@ -6,15 +6,20 @@ is named `module:Class`, and is tested with `check_env`.
 
 from preconcert.envs.box_push import BoxPush, BoxPushParams
 from preconcert.envs.check import check_env
+from preconcert.envs.dilemma import Dilemma, DilemmaParams
+from preconcert.envs.kuhn import DecisionPoint, Kuhn, KuhnParams, decision_points
+from preconcert.envs.matrix import Matrix, MatrixParams
 from preconcert.envs.pettingzoo_in import FromPettingZoo, from_pettingzoo
 from preconcert.envs.pettingzoo_out import PettingZooTask, to_pettingzoo
 from preconcert.envs.registry import make_env, register, task_class, tasks
 from preconcert.envs.rendezvous import Rendezvous, RendezvousParams
+from preconcert.envs.repeated_rps import RepeatedRps, RepeatedRpsParams
 from preconcert.envs.signal import Signal, SignalParams
-from preconcert.envs.task import PLAYERS, SPLITS, Task, TaskParams, split_of
+from preconcert.envs.task import PLAYERS, SPLITS, Task, TaskParams, Variety, split_of
 
 __all__ = [
-    "PLAYERS", "SPLITS", "BoxPush", "BoxPushParams", "FromPettingZoo", "PettingZooTask", "Rendezvous",
-    "RendezvousParams", "Signal", "SignalParams", "Task", "TaskParams", "check_env", "from_pettingzoo", "make_env",
-    "register", "split_of", "task_class", "tasks", "to_pettingzoo",
+    "PLAYERS", "SPLITS", "BoxPush", "BoxPushParams", "DecisionPoint", "Dilemma", "DilemmaParams", "FromPettingZoo",
+    "Kuhn", "KuhnParams", "Matrix", "MatrixParams", "PettingZooTask", "Rendezvous", "RendezvousParams", "RepeatedRps",
+    "RepeatedRpsParams", "Signal", "SignalParams", "Task", "TaskParams", "Variety", "check_env", "decision_points",
+    "from_pettingzoo", "make_env", "register", "split_of", "task_class", "tasks", "to_pettingzoo",
 ]

@@ -1,6 +1,7 @@
 """`check_env` passes what keeps the protocol and names what does not."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,20 @@ from preconcert.core import EnvError, Observation, Slot, StepResult, TaskLanguag
 from preconcert.envs import Rendezvous, check_env, make_env, tasks
 from tests.envs.playing import EXAMPLES
 
+LARGER: dict[str, dict[str, Any]] = {
+    "box-push": {"agents": 4}, "rendezvous": {"agents": 4}, "signal": {"agents": 4},
+    "dilemma": {"rounds": 20, "history": 8}, "repeated-rps": {"rounds": 20, "history": 8},
+    "kuhn": {"first": "agent_1"}, "matrix": {"game": "fxp-counterexample", "rounds": 5},
+}  # fmt: skip
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("agents", [2, 4])
+@pytest.mark.parametrize("larger", [False, True])
 @pytest.mark.parametrize("task", sorted(tasks()))
-def test_built_in_tasks_keep_the_protocol(task: str, agents: int, split: str) -> None:
-    assert "snapshot and restore" in check_env(lambda seed: make_env(task, {"agents": agents}, seed, split))
+def test_built_in_tasks_keep_the_protocol(task: str, larger: bool, split: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params = LARGER[task] if larger else {}
+        assert "snapshot and restore" in check_env(lambda seed: make_env(task, params, seed, split))
 
 
 @pytest.mark.parametrize("task", ["lights_out:LightsOut", "mpe_spread:MpeSpread"])
@@ -134,6 +143,12 @@ def test_missing_members_are_named() -> None:
 def test_equal_seeds_are_a_warning() -> None:
     with pytest.warns(UserWarning, match="all start with the same views"):
         check_env(lambda seed: make_env("rendezvous", {}, 3))
+
+
+def test_a_declared_game_without_chance_may_start_the_same() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(lambda seed: make_env("dilemma", {}, seed))
 
 
 def test_global_random_state_is_watched() -> None:

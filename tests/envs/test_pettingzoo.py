@@ -26,6 +26,10 @@ def spread(**options: Any) -> Any:
 @pytest.mark.parametrize("messages", [False, True])
 @pytest.mark.parametrize("task", sorted(tasks()))
 def test_out_passes_pettingzoos_own_test(task: str, messages: bool) -> None:
+    if messages and not make_env(task, {}, 0).language.message:
+        with pytest.raises(ConfigError, match="has no message slots, so messages=True is not possible"):
+            wrapped(task, messages=True)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parallel_api_test(wrapped(task, messages=messages), num_cycles=40)

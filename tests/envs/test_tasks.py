@@ -1,4 +1,7 @@
-"""Every built-in task: solvable, imperfectly taught, unsolvable without messages, the same again from its seed."""
+"""Every built-in task: the same again from its seed, in words that are known, refusing misuse.
+
+Those with a success are solvable and imperfectly taught; those with messages are unsolvable without them.
+"""
 
 import pickle
 import random
@@ -11,14 +14,23 @@ import pytest
 from pydantic import BaseModel
 
 from preconcert.core import ConfigError, EnvError, Player, UnknownNameError
-from preconcert.envs import BoxPush, Rendezvous, Signal, Task, make_env, split_of, tasks
+from preconcert.envs import BoxPush, Rendezvous, Signal, Task, Variety, make_env, split_of, tasks
 from preconcert.envs.signal import unique_words
 from tests.envs.playing import play, success
 
 TASKS = sorted(tasks())
 SPLITS = ("train", "heldout")
 # The share of solved instances that each imperfect teacher is tuned to.
-TAUGHT = {"box-push": (0.40, 0.62), "rendezvous": (0.28, 0.50), "signal": (0.33, 0.50)}
+TAUGHT = {"box-push": (0.40, 0.62), "matrix": (0.33, 0.50), "rendezvous": (0.28, 0.50), "signal": (0.33, 0.50)}
+JUDGED = sorted(TAUGHT)
+"""The tasks whose episodes have a success, at the default parameters."""
+TALKING = [task for task in TASKS if make_env(task, {}, 0).language.message]
+SIZED = [task for task in TASKS if "agents" in tasks()[task].Params.model_fields]
+"""The tasks for any number of agents."""
+VARIETY = {
+    "box-push": Variety.LAYOUTS, "dilemma": Variety.NOTHING, "kuhn": Variety.CHANCE, "matrix": Variety.NOTHING,
+    "rendezvous": Variety.LAYOUTS, "repeated-rps": Variety.NOTHING, "signal": Variety.LAYOUTS,
+}  # fmt: skip
 
 
 def instance(task: str, seed: int = 0, split: str = "train", **params: Any) -> Any:
@@ -29,14 +41,27 @@ def global_state() -> str:
     return repr((random.getstate(), np.random.get_state(legacy=True)))  # noqa: NPY002 - watched, not used
 
 
-@pytest.mark.parametrize("split", SPLITS)
+def test_what_every_task_is() -> None:
+    """Said here once more, so that no task slips out of the tests below by a mistake in its attributes."""
+    assert {task: tasks()[task].variety for task in TASKS} == VARIETY
+    assert TALKING == SIZED == ["box-push", "rendezvous", "signal"]
+
+
 @pytest.mark.parametrize("task", TASKS)
+def test_success_is_judged_or_never_there(task: str) -> None:
+    for kind in ("expert", "scripted", "random"):
+        for seed in range(10):
+            assert (play(instance(task, seed), task, kind, seed).success is not None) == (task in JUDGED)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("task", JUDGED)
 def test_expert_always_succeeds(task: str, split: str) -> None:
     assert success(task, {}, "expert", split, 200) == 1.0
 
 
 @pytest.mark.parametrize("agents", [3, 5])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SIZED)
 def test_expert_succeeds_in_larger_teams(task: str, agents: int) -> None:
     assert success(task, {"agents": agents}, "expert", "train", 50) == 1.0
 
@@ -56,19 +81,19 @@ def test_expert_succeeds_at_other_sizes(task: str, params: dict[str, int]) -> No
     assert success(task, params, "expert", "heldout", 40) == 1.0
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", JUDGED)
 def test_scripted_team_leaves_room_to_learn(task: str) -> None:
     low, high = TAUGHT[task]
     assert low <= success(task, {}, "scripted", "train", 500) <= high
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TALKING)
 def test_scripted_team_needs_its_messages(task: str) -> None:
     ceiling = tasks()[task].no_message_ceiling(instance(task).params) or 0.1
     assert success(task, {}, "scripted", "train", 300, talk=False) <= ceiling + 0.05
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TALKING)
 def test_random_team_fails(task: str) -> None:
     assert success(task, {}, "random", "train", 200) < 0.12
 
@@ -77,14 +102,31 @@ def test_ceilings() -> None:
     assert Rendezvous.no_message_ceiling(instance("rendezvous", landmarks=4).params) == 0.25
     assert Signal.no_message_ceiling(instance("signal", candidates=4, rounds=2).params) == 1 / 16
     assert BoxPush.no_message_ceiling(instance("box-push").params) is None
+    for task in set(TASKS) - set(TALKING):
+        assert tasks()[task].no_message_ceiling(instance(task).params) is None
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if VARIETY[task] is Variety.LAYOUTS])
 def test_splits_share_no_layout(task: str) -> None:
     train, held_out = ({instance(task, seed, split).layout_key() for seed in range(150)} for split in SPLITS)
     assert not train & held_out
     assert len(train) > 75
     assert len(held_out) > 40
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if VARIETY[task] is Variety.CHANCE])
+def test_splits_of_a_game_of_chance_share_all_that_chance_can_draw(task: str) -> None:
+    drawn = {split: [instance(task, seed, split).layout_key() for seed in range(300)] for split in SPLITS}
+    assert set(drawn["train"]) == set(drawn["heldout"])
+    assert drawn["train"] != drawn["heldout"]
+    counts = Counter(drawn["train"])
+    assert max(counts.values()) < 2.5 * min(counts.values())
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if VARIETY[task] is Variety.NOTHING])
+def test_a_game_without_chance_is_the_same_for_every_seed(task: str) -> None:
+    assert len({(instance(task, seed, split).state(), str(instance(task, seed, split).reset()))
+                for seed in range(20) for split in SPLITS}) == 1  # fmt: skip
 
 
 def test_held_out_signal_rounds_are_new_one_by_one() -> None:
@@ -100,14 +142,15 @@ def test_instance_follows_from_its_seed_alone(task: str) -> None:
     assert (one.state(), one.reset(), one.board()) == (again.state(), again.reset(), again.board())
     assert play(instance(task, 5), task, "scripted", 1) == play(instance(task, 5), task, "scripted", 1)
     assert before == global_state()
-    assert len({instance(task, seed).state() for seed in range(20)}) > 15
+    different = {Variety.LAYOUTS: 16, Variety.CHANCE: 8, Variety.NOTHING: 1}[VARIETY[task]]
+    assert len({instance(task, seed).state() for seed in range(20)}) >= different
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_words_are_closed_and_texts_short(task: str) -> None:
     rng = np.random.default_rng(0)
     for seed in range(20):
-        env = instance(task, seed, agents=3)
+        env = instance(task, seed, **({"agents": 3} if task in SIZED else {}))
         views = env.reset()
         lengths = {agent: len(view.text.split()) for agent, view in views.items()}
         assert max(lengths.values()) <= 25
@@ -135,8 +178,12 @@ def test_snapshot_of_an_instance_restores_another_of_the_same_seed(task: str) ->
     assert (other.state(), other.board()) == (one.state(), one.board())
     other.restore(pickle.loads(start))
     assert other.reset()
-    with pytest.raises(EnvError, match="snapshot of"):
-        instance(task, 4).restore(one.snapshot())
+    strangers = [other for other in (instance(task, seed) for seed in range(4, 9))
+                 if other.layout_key() != one.layout_key()]
+    assert bool(strangers) == (VARIETY[task] is not Variety.NOTHING)
+    for stranger in strangers:
+        with pytest.raises(EnvError, match="snapshot of"):
+            stranger.restore(one.snapshot())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -159,7 +206,8 @@ def test_misuse_is_refused_in_one_clear_line(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_players_by_name(task: str) -> None:
-    assert all(isinstance(tasks()[task].player(kind), Player) for kind in ("expert", "scripted", "random"))
+    kinds = ("expert", "scripted", "random", *tasks()[task].opponents)
+    assert all(isinstance(tasks()[task].player(kind), Player) for kind in kinds)
     with pytest.raises(UnknownNameError, match="unknown player 'exprt'; did you mean 'expert'"):
         tasks()[task].player("exprt")
 
@@ -168,10 +216,14 @@ def test_players_by_name(task: str) -> None:
 def test_parameters_are_documented_and_checked(task: str) -> None:
     params: type[BaseModel] = tasks()[task].Params
     assert all(field.description for field in params.model_fields.values())
-    with pytest.raises(ConfigError, match=rf"{task}: unknown parameter 'agnts' = 3; did you mean 'agents'"):
-        make_env(task, {"agnts": 3}, 0)
-    with pytest.raises(ConfigError, match=rf"{task}: parameter 'agents' = 99: .*less than or equal to 8"):
-        make_env(task, {"agents": 99}, 0)
+    name = next(iter(params.model_fields))
+    misspelt = name[:-2] + name[-1]
+    with pytest.raises(ConfigError, match=rf"{task}: unknown parameter '{misspelt}' = 3; did you mean '{name}'"):
+        make_env(task, {misspelt: 3}, 0)
+    bounded = "agents" if task in SIZED else "rounds"
+    if bounded in params.model_fields:
+        with pytest.raises(ConfigError, match=rf"{task}: parameter '{bounded}' = 99: .*less than or equal to \d+"):
+            make_env(task, {bounded: 99}, 0)
     with pytest.raises(UnknownNameError, match="unknown split 'test'"):
         make_env(task, {}, 0, "test")
     with pytest.raises(ConfigError, match="seed = -1"):
