@@ -17,6 +17,7 @@ from preconcert.models.language_model import (
     LanguageModel,
     ScoreRequest,
 )
+from preconcert.models.loading import load_checkpoint
 from preconcert.models.routing import AdapterRoute, route_rows
 from preconcert.models.starter import StarterSettings, build_starter
 from preconcert.models.transformers_model import TransformersModel
@@ -39,5 +40,6 @@ __all__ = [
     "check_backend",
     "constrained_logprobs",
     "grammar_table",
+    "load_checkpoint",
     "route_rows",
 ]

@@ -7,13 +7,19 @@ This file holds every override, and nothing else relies on TRL's insides:
 * `_compute_loss` opens the per-row adapter route, adds the cross-entropy to the hindsight targets, and leaves the
   policy loss to TRL; the route stays open until after backward (`training_step`), for activation checkpointing;
 * `_get_per_token_logps_and_entropies` takes probabilities under the grammar's mask, as they were sampled;
+* `_prepare_inputs` cuts a rollout by agent where agents are updated one after the other (`update.Order`);
 * `create_optimizer` makes exactly the trainable adapters require gradients;
-* checkpoints hold every adapter and end with a marker, so that a torn one is never resumed from.
+* checkpoints hold every adapter and the source's state, and end with a marker, so that a torn one is never resumed
+  from.
+
+What is logged besides TRL's figures: `approx_kl`, `sampler_mismatch`, `skipped_steps`, and for every trained adapter
+`gradient_norm/NAME` and `gradient_share/NAME` (its share of the squared norm).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +32,26 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from preconcert.core import Episode, TrainingError
+from preconcert.core import Episode, TrainingError, derive_seed
 from preconcert.models import AdapterRoute, add_constrained_head
 from preconcert.training.batch import collate
 from preconcert.training.credit import Number, TurnKey
 from preconcert.training.rows import GrammarTable, Row
+from preconcert.training.update import (
+    Order,
+    RatioLevel,
+    UpdateSettings,
+    agent_order,
+    approximate_kl,
+    compounding,
+    importance_weights,
+    turn_level,
+)
 
 MARKER = "complete.json"
 """Last file written into a checkpoint."""
+SOURCE_STATE = "source.json"
+"""What the rollout source remembers between iterations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +90,11 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         hindsight_weight: factor of the supervised loss.
         reference: adapter whose distribution the KL term (`args.beta`) refers to; None for the bare base.
         callbacks: as in transformers.
+        update: order of agents, level of the ratio, corrections and limits.
+        agents: every agent whose rows may be trained; needed for a sequential update.
 
     Raises:
-        TrainingError: an adapter to be trained does not exist.
+        TrainingError: an adapter to be trained does not exist, or the update does not fit the other settings.
     """
 
     def __init__(
@@ -88,7 +108,27 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         hindsight_weight: float = 0.0,
         reference: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        update: UpdateSettings | None = None,
+        agents: Sequence[str] = (),
     ) -> None:
+        self.update = update or UpdateSettings()
+        self.agents = tuple(agents)
+        if self.update.ratio is RatioLevel.TURN and args.beta:
+            raise TrainingError("a ratio per turn and a KL term (beta) do not go together: use ratio=token or sequence")
+        if self.update.order is Order.SEQUENTIAL:
+            if not self.agents:
+                raise TrainingError("a sequential update needs the names of the agents")
+            assert args.steps_per_generation is not None
+            if args.steps_per_generation % len(self.agents):
+                raise TrainingError(
+                    f"a sequential update of {len(self.agents)} agents needs a multiple of {len(self.agents)} "
+                    f"minibatches, not {args.steps_per_generation}"
+                )
+            if args.gradient_accumulation_steps > 1:
+                raise TrainingError("a sequential update takes one optimiser step per minibatch: set accumulate=1")
+        if self.update.ratio is RatioLevel.SEQUENCE:
+            args.importance_sampling_level = "sequence"
+        args.delta = self.update.dual_clip
         self.adapter_names = sorted(model.peft_config)
         for name in trainable:
             if name not in self.adapter_names:
@@ -102,6 +142,10 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         self._present: dict[str, Any] | None = None
         self._logps: torch.Tensor | None = None
         self._table_tensors: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._schedule: list[tuple[str, dict[str, Any]]] = []
+        self._log_factor = torch.zeros(0)
+        self._stopped = False
+        self._raw_logps: torch.Tensor | None = None
         set_trainable(model, self.trainable)
         rows = args.generation_batch_size
         assert rows is not None
@@ -130,7 +174,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         del inputs  # the dataset only paces TRL's loop
-        rollout = self.source.collect(self.state.global_step // self.steps_per_iteration)
+        rollout = self._collect(self.iteration)
         if not rollout.rows:
             raise TrainingError("the rollout has no row to train on; is every agent frozen?")
         device = self.accelerator.device
@@ -144,6 +188,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
                 self._tokenizer.pad_token_id,
                 self.args.steps_per_generation,
                 at_least=int(most),
+                agents=self.agents or None,
             ).items()
         }
         batch["num_items_in_batch"] = self.accelerator.gather(
@@ -151,16 +196,33 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         ).sum()
         batch["hindsight_items"] = self.accelerator.gather((batch["target_ids"] >= 0).sum()).sum()
         if self.beta != 0.0:
-            batch["ref_per_token_logps"] = self._reference_logps(batch)
+            batch["ref_per_token_logps"] = self._logps_of(batch, self.reference)
+        if self.update.correction is not None:
+            self._correct(batch, self.update.correction)
         for name, value in rollout.metrics.items():
             self._metrics["train"][name].append(value)
         self.state.num_input_tokens_seen += int(batch["completion_mask"].sum())
         return batch
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self._place == 0:
+            self._stopped = False
+        if self.update.order is Order.SIMULTANEOUS:
+            return super()._prepare_inputs(generation_batch)
+        place = self._place
+        if place == 0 or not self._schedule:
+            self._plan(self._generate_and_score_completions(generation_batch))
+        agent, piece = self._schedule[place]
+        if place and self._schedule[place - 1][0] != agent:
+            self._hand_over(self._schedule[place - 1][0], agent)
+            self._stopped = False
+        return piece
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._present = inputs
         self._open_route([self.adapter_names[i] for i in inputs["adapter"].tolist()])
         loss = super()._compute_loss(model, inputs)
+        self._watch(inputs)
         if self.loss_type in ("grpo", "dr_grpo"):
             # These are means over rows, and a row without a policy token is none.
             counted = inputs["tool_mask"].any(dim=1).sum().clamp(min=1)
@@ -204,15 +266,32 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             target_ids=present["target_ids"] if self.hindsight_weight else None,
         )
         self._logps = output.target_logprobs
-        return output.logprobs, output.entropy, None
+        self._raw_logps = output.logprobs
+        logps = output.logprobs
+        if self.update.ratio is RatioLevel.TURN:
+            mask = (present["tool_mask"] * present["completion_mask"]).bool()
+            logps = turn_level(logps, present["old_per_token_logps"], mask, present["joint"])
+        return logps, output.entropy, None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; the adapter route is closed after the backward pass."""
+        if self._stopped and self._place and not self._next_agent():
+            self._metrics["train"]["skipped_steps"].append(1.0)
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._close_route()
-            self._present = self._logps = None
+            self._present = self._logps = self._raw_logps = None
+        if self.update.kl_stop is not None:
+            self._metrics["train"]["skipped_steps"].append(float(self._stopped))
+        if self._stopped:
+            # Without gradients the optimiser leaves every weight and every moment alone.
+            self.model.zero_grad(set_to_none=True)
+            return torch.zeros_like(loss)
+        self._log_gradients()
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser over exactly the trainable adapters."""
@@ -231,9 +310,112 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            self._save_own(folder)
             write_marker(folder, self.state.global_step, self.state.global_step // self.steps_per_iteration)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_own(Path(resume_from_checkpoint))
+
     # ---- own parts
+
+    @property
+    def iteration(self) -> int:
+        """Number of the present rollout, from 0."""
+        return self.state.global_step // self.steps_per_iteration
+
+    @property
+    def _place(self) -> int:
+        """Which forward pass of the iteration comes next."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations)
+
+    def _collect(self, iteration: int) -> Rollout:
+        """One rollout."""
+        return self.source.collect(iteration)
+
+    def _save_own(self, folder: Path) -> None:
+        """What a checkpoint holds besides TRL's files."""
+        state: dict[str, Any] = getattr(self.source, "state_dict", dict)()
+        (folder / SOURCE_STATE).write_text(json.dumps(state))
+
+    def _load_own(self, folder: Path) -> None:
+        file = folder / SOURCE_STATE
+        if file.is_file() and hasattr(self.source, "load_state_dict"):
+            self.source.load_state_dict(json.loads(file.read_text()))
+
+    def _plan(self, batch: dict[str, Any]) -> None:
+        """Cut a rollout into the minibatches of one agent after the other."""
+        order = agent_order(self.agents, self.args.seed, self.iteration)
+        parts = self.args.steps_per_generation // len(self.agents)
+        steps = int(batch["joint"].max()) + 1
+        self._log_factor = torch.zeros(max(steps, 1), dtype=torch.float64, device=batch["joint"].device)
+        self._schedule = []
+        for agent in order:
+            mine = (batch["agent"] == self.agents.index(agent)).nonzero()[:, 0]
+            generator = torch.Generator().manual_seed(derive_seed(self.args.seed, agent, self.iteration) % 2**63)
+            mine = mine[torch.randperm(len(mine), generator=generator).to(mine.device)]
+            pieces = [
+                {k: v[i] if v.ndim else v for k, v in batch.items()} if len(i) else _nothing(batch)
+                for i in mine.tensor_split(parts)
+            ]
+            self._schedule += [(agent, piece) for _ in range(self.num_iterations) for piece in pieces]
+
+    def _hand_over(self, before: str, agent: str) -> None:
+        """The next agent's advantages are multiplied by the ratios of those updated before it."""
+        done = list({id(p): p for name, p in self._schedule if name == before}.values())
+        for piece in done:
+            mask = (piece["tool_mask"] * piece["completion_mask"]).bool()
+            logps = self._logps_of(piece, None, own=True)
+            self._log_factor = compounding(self._log_factor, logps, piece["old_per_token_logps"], mask, piece["joint"])
+        limit = math.log(self.update.compound_clip)
+        factor = self._log_factor.clamp(-limit, limit).exp().float()
+        for piece in {id(p): p for name, p in self._schedule if name == agent}.values():
+            joint = piece["joint"]
+            piece["advantages"] = piece["advantages"] * torch.where(joint >= 0, factor[joint.clamp(min=0)], 1.0)
+        self._metrics["train"]["compound_factor"].append(float(factor.mean()))
+
+    def _next_agent(self) -> bool:
+        """Does another agent's turn begin with this step?"""
+        if self.update.order is Order.SIMULTANEOUS or not self._schedule:
+            return False
+        return self._schedule[self._place][0] != self._schedule[self._place - 1][0]
+
+    @torch.no_grad()
+    def _watch(self, inputs: dict[str, Any]) -> None:
+        """How far the policy is from the one that sampled, before this step."""
+        assert self._raw_logps is not None
+        mask = (inputs["tool_mask"] * inputs["completion_mask"]).bool()
+        old = inputs["old_per_token_logps"]
+        totals = self.accelerator.reduce(torch.stack(approximate_kl(self._raw_logps, old, mask)), reduction="sum")
+        kl = float(totals[0] / totals[1].clamp(min=1))
+        self._metrics["train"]["approx_kl"].append(kl)
+        if self._place == 0 and self.update.correction is None:
+            self._metrics["train"]["sampler_mismatch"].append(_mean_difference(self._raw_logps, old, mask))
+        if self.update.kl_stop is not None and kl > self.update.kl_stop:
+            self._stopped = True
+
+    def _correct(self, batch: dict[str, Any], cap: float) -> None:
+        """Truncated importance weights for what the sampler did differently; ratios then refer to the trainer."""
+        mask = (batch["tool_mask"] * batch["completion_mask"]).bool()
+        sampled = batch["old_per_token_logps"]
+        mine = torch.where(mask, self._logps_of(batch, None, own=True), torch.zeros_like(sampled))
+        weights = importance_weights(mine, sampled, mask, cap)
+        batch["advantages"] = batch["advantages"] * weights
+        batch["old_per_token_logps"] = mine
+        self._metrics["train"]["sampler_mismatch"].append(_mean_difference(mine, sampled, mask))
+        self._metrics["train"]["sampler_weight"].append(float(weights[mask].mean()) if mask.any() else 1.0)
+
+    @torch.no_grad()
+    def _log_gradients(self) -> None:
+        squares = {
+            name: float(sum(p.grad.double().pow(2).sum() for p in parameters if p.grad is not None))
+            for name in self.trainable
+            if (parameters := adapter_parameters(self.accelerator.unwrap_model(self.model), name))
+        }
+        total = sum(squares.values())
+        for name, square in squares.items():
+            self._metrics["train"][f"gradient_norm/{name}"].append(math.sqrt(square))
+            self._metrics["train"][f"gradient_share/{name}"].append(square / total if total else 0.0)
 
     def _open_route(self, names: Sequence[str | None]) -> None:
         self._close_route()
@@ -255,23 +437,30 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         return self._table_tensors[1], self._table_tensors[2]
 
     @torch.no_grad()
-    def _reference_logps(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities of the batch under the reference, in slices of one training step."""
+    def _logps_of(self, batch: dict[str, Any], adapter: str | None, own: bool = False) -> torch.Tensor:
+        """Log-probabilities of the batch under one adapter (None: the bare base) or each row's own, without gradients,
+        in slices of one training step."""
         total = len(batch["adapter"])
-        size = max(1, total // self.args.steps_per_generation)
+        size = max(1, -(-total // self.args.steps_per_generation))
         parts: list[torch.Tensor] = []
+        held, self._present = self._present, None
+        training = self.model.training
+        self.model.eval()
         try:
             for start in range(0, total, size):
                 piece = {k: v[start : start + size] for k, v in batch.items() if v.ndim > 0}
                 self._present = piece
-                self._open_route([self.reference] * len(piece["adapter"]))
+                names = [self.adapter_names[i] for i in piece["adapter"].tolist()]
+                self._open_route(names if own else [adapter] * len(names))
                 ids = torch.cat([piece["prompt_ids"], piece["completion_ids"]], dim=1)
                 mask = torch.cat([piece["prompt_mask"], piece["completion_mask"]], dim=1)
-                width = piece["completion_ids"].shape[1]
-                parts.append(self._get_per_token_logps_and_entropies(self.model, ids, mask, width)[0])
+                self._get_per_token_logps_and_entropies(self.model, ids, mask, piece["completion_ids"].shape[1])
+                assert self._raw_logps is not None
+                parts.append(self._raw_logps)
         finally:
+            self.model.train(training)
             self._close_route()
-            self._present = self._logps = None
+            self._present, self._logps, self._raw_logps = held, None, None
         return torch.cat(parts)
 
 
@@ -285,6 +474,18 @@ def set_trainable(model: PeftModel, adapters: Sequence[str]) -> None:
 def adapter_parameters(model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
     """The parameters of one adapter, in the model's order."""
     return [p for name, p in model.named_parameters() if f".{adapter}." in name and "lora_" in name]
+
+
+def _nothing(batch: dict[str, Any]) -> dict[str, Any]:
+    """A minibatch of one row that carries no loss."""
+    piece = {k: v[:1].clone() if v.ndim else v for k, v in batch.items()}
+    piece["tool_mask"].zero_()
+    piece["target_ids"].fill_(-1)
+    return piece
+
+
+def _mean_difference(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> float:
+    return float((one - other).abs()[mask].mean()) if mask.any() else 0.0
 
 
 def write_marker(folder: Path, step: int, iteration: int) -> None:

@@ -6,16 +6,27 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from preconcert.agents import AgentSettings, ChannelSettings
 from preconcert.core import SpanKind
 from preconcert.models import LoraSettings, StarterSettings
 from preconcert.training.credit import AgentCredit, CreditSettings, RewardSettings
+from preconcert.training.critic import CriticSettings
+from preconcert.training.update import Order, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
 
 STARTER = "starter"
 """The model name that stands for the embedded default."""
+
+
+class Algorithm(StrEnum):
+    """Where advantages come from."""
+
+    GRPO = "grpo"
+    """Returns compared with one another."""
+    PPO = "ppo"
+    """Returns compared with a critic's values."""
 
 
 class Adapters(StrEnum):
@@ -39,7 +50,7 @@ class GateSettings(BaseModel):
 
 
 class GRPOSettings(BaseModel):
-    """Multi-agent GRPO."""
+    """Reinforcement learning: rollouts, credit, loss and optimiser, of either algorithm."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -130,8 +141,14 @@ class Recipe(BaseModel):
     """Supervised fine-tuning before reinforcement learning."""
     gate: GateSettings = GateSettings()
     """What the warm start must show."""
+    algorithm: Algorithm = Algorithm.GRPO
+    """`grpo`, or `ppo` with a critic; `grpo.credit` is then `gae` unless it says otherwise."""
     grpo: GRPOSettings = GRPOSettings()
-    """Reinforcement learning."""
+    """Reinforcement learning, of either algorithm."""
+    critic: CriticSettings = CriticSettings()
+    """The critic of `ppo`."""
+    update: UpdateSettings = UpdateSettings()
+    """Order of agents, level of the ratio, corrections and limits."""
     keep_episodes: bool = True
     """Append every training episode to episodes.jsonl, some MB per iteration. A run resumes exactly either way."""
     evaluation: RunEvaluation = RunEvaluation()
@@ -140,3 +157,26 @@ class Recipe(BaseModel):
     """Everything random follows from it."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0 leaves torch's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _credit_of_ppo(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("algorithm") == Algorithm.PPO:
+            grpo = given.get("grpo", {})
+            if isinstance(grpo, Mapping) and "credit" not in grpo:
+                return {**given, "grpo": {**grpo, "credit": {"type": "gae"}}}
+        return given
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        credit = self.grpo.credit
+        if credit.needs_values and self.algorithm is not Algorithm.PPO:
+            raise ValueError(f"grpo.credit={credit.type} needs a critic's values: set algorithm=ppo")
+        if not credit.needs_values and self.algorithm is Algorithm.PPO:
+            raise ValueError(f"grpo.credit={credit.type} does not look at a critic: set algorithm=grpo, or credit=gae")
+        if self.update.order is Order.SEQUENTIAL and self.grpo.accumulate > 1:
+            raise ValueError(
+                f"update.order=sequential takes one optimiser step per minibatch, not grpo.accumulate="
+                f"{self.grpo.accumulate}"
+            )
+        return self

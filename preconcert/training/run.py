@@ -41,9 +41,12 @@ from preconcert.core import (
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel, build_starter
 from preconcert.prompts import TurnFormat, starter_words
+from preconcert.training.credit import ChainedGAECredit
+from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
-from preconcert.training.recipe import STARTER, Adapters, Recipe
+from preconcert.training.ppo import MultiAgentPPOTrainer
+from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.rows import GrammarTable
@@ -351,7 +354,10 @@ def _reinforce(
     _barrier(world)
     table = GrammarTable()
     team = GenerativeTeam(model, env.language, recipe.agent, assignment, settings.temperature)
-    source = GameSource(recipe, team, table, frozenset(trainable), out if recipe.keep_episodes else None, rank, world)
+    critic = make_critic(recipe, out, model, env) if recipe.algorithm is Algorithm.PPO else None
+    values = critic.values if critic is not None else None
+    folder = out if recipe.keep_episodes else None
+    source = GameSource(recipe, team, table, frozenset(trainable), folder, rank, world, values=values)
     reporter.stage("reinforcement learning", settings.iterations)
     reporter.advance(begin)
     reference = None
@@ -361,7 +367,15 @@ def _reinforce(
         for name in trainable[1:]:
             if held is None and not _same(model, name, trainable[0]):
                 raise TrainingError("beta needs one warm start for all adapters")
-    trainer = MultiAgentGRPOTrainer(
+    options: dict[str, Any] = {
+        "callbacks": [_IterationLog(out / "log.jsonl", reporter, rank)],
+        "update": recipe.update,
+        "agents": tuple(agent for agent, name in assignment.items() if name in trainable),
+    }
+    kind: type[MultiAgentGRPOTrainer] = MultiAgentGRPOTrainer
+    if critic is not None:
+        kind, options["critic"] = MultiAgentPPOTrainer, critic
+    trainer = kind(
         model.model,
         model.tokenizer,
         grpo_config(recipe, checkpoints, world),
@@ -370,10 +384,25 @@ def _reinforce(
         table,
         settings.hindsight_weight,
         reference,
-        callbacks=[_IterationLog(out / "log.jsonl", reporter, rank)],
+        **options,
     )
     trainer.train(resume_from_checkpoint=str(held[0]) if held is not None else None)
     model.base.eval()
+
+
+def make_critic(recipe: Recipe, out: Path, model: TransformersModel, env: Env) -> Critic:
+    """The critic that a recipe asks for, fresh."""
+    credit = recipe.grpo.credit
+    base = out / "base"
+    return Critic(
+        model,
+        env.agents,
+        recipe.critic,
+        derive_seed(recipe.seed, "critic"),
+        base if base.is_dir() else recipe.model,
+        acted=isinstance(credit, ChainedGAECredit),
+        per_token=getattr(credit, "level", "turn") == "token",
+    )
 
 
 def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig:
