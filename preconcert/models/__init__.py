@@ -17,7 +17,7 @@ from preconcert.models.language_model import (
     LanguageModel,
     ScoreRequest,
 )
-from preconcert.models.loading import load_checkpoint
+from preconcert.models.loading import check_model_name, load_checkpoint
 from preconcert.models.routing import AdapterRoute, route_rows
 from preconcert.models.starter import StarterSettings, build_starter
 from preconcert.models.transformers_model import TransformersModel
@@ -37,6 +37,7 @@ __all__ = [
     "TransformersModel",
     "add_constrained_head",
     "build_starter",
+    "check_model_name",
     "check_backend",
     "constrained_logprobs",
     "grammar_table",

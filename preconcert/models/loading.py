@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def load_checkpoint(name_or_path: str | Path, dtype: str, device: str) -> tuple[
     Args:
         name_or_path: a folder or a hub name.
         dtype: float32, bfloat16 or float16.
-        device: as in torch; `auto` is the GPU where there is one.
+        device: as in torch; `auto` is this process's GPU where there is one.
 
     Raises:
         ModelError: no such model, a file is missing or unreadable, or the dtype or device is unknown.
@@ -41,12 +42,19 @@ def load_checkpoint(name_or_path: str | Path, dtype: str, device: str) -> tuple[
     tokenizer = _read(name, "tokenizer", AutoTokenizer.from_pretrained)
     model = _read(name, "weights", AutoModelForCausalLM.from_pretrained, config=config, dtype=DTYPES[dtype])
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Processes of one torchrun have a card each.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {device!r} cannot be used: {first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def check_model_name(name: str) -> None:
+    """Raises a `ModelError` where there is surely no such model: no folder or configuration of that name. Cheap."""
+    _check_source(name)
+    _read(name, "config", AutoConfig.from_pretrained)
 
 
 def first_line(error: BaseException) -> str:

@@ -102,6 +102,12 @@ class GRPOSettings(BaseModel):
     report_to: Literal["none", "tensorboard"] = "none"
     """Where TRL sends its logs besides the run folder."""
 
+    @model_validator(mode="after")
+    def _minibatches_fit(self) -> GRPOSettings:
+        if self.minibatches % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide minibatches={self.minibatches}")
+        return self
+
 
 class RunEvaluation(BaseModel):
     """How a run is judged."""

@@ -39,7 +39,7 @@ from preconcert.core import (
     keep_episodes_before,
 )
 from preconcert.envs import make_env
-from preconcert.models import TransformersModel, build_starter
+from preconcert.models import TransformersModel, build_starter, check_model_name
 from preconcert.prompts import TurnFormat, starter_words
 from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
@@ -51,6 +51,7 @@ from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.rows import GrammarTable
 from preconcert.training.source import GameSource, record_name
+from preconcert.training.update import Order
 from preconcert.training.warm_cache import WarmCache, warm_basis, warm_key
 from preconcert.training.warm_start import WarmStartMethod, fine_tune, supervised_examples
 
@@ -88,9 +89,10 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     rank, world = _process()
-    prepare_folder(recipe, out, resume, rank)
     env = make_env(recipe.task, recipe.params, 0, "train")
     assignment = assign(recipe, env)
+    _check(recipe, env)
+    prepare_folder(recipe, out, resume, rank)
     trainable = tuple(n for n in dict.fromkeys(assignment.values()) if n not in recipe.frozen)
     if (out / RESULT).is_file():
         reporter.say(f"{out} is finished")
@@ -133,6 +135,17 @@ def assign(recipe: Recipe, env: Env) -> dict[str, str]:
         if name not in assignment.values():
             raise UnknownNameError("adapter", name, sorted(set(assignment.values())))
     return assignment
+
+
+def _check(recipe: Recipe, env: Env) -> None:
+    """What can be known to fail before anything is made."""
+    if recipe.model != STARTER:
+        check_model_name(recipe.model)
+    if recipe.update.order is Order.SEQUENTIAL and recipe.grpo.minibatches % len(env.agents):
+        raise ConfigError(
+            f"update.order=sequential: grpo.minibatches={recipe.grpo.minibatches} is no multiple of the "
+            f"{len(env.agents)} agents"
+        )
 
 
 def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> None:
@@ -408,10 +421,6 @@ def make_critic(recipe: Recipe, out: Path, model: TransformersModel, env: Env) -
 def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig:
     """TRL's config for a recipe."""
     settings = recipe.grpo
-    if settings.minibatches % settings.accumulate:
-        raise ConfigError(
-            f"grpo.accumulate={settings.accumulate} does not divide grpo.minibatches={settings.minibatches}"
-        )
     per_iteration = settings.minibatches * settings.epochs // settings.accumulate
     cuda = torch.cuda.is_available()
     return GRPOConfig(
@@ -441,8 +450,8 @@ def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig
         report_to=settings.report_to,
         use_cpu=not cuda,  # without it, processes on a CPU do not find each other and train apart
         bf16=cuda and recipe.dtype == "bfloat16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         seed=derive_seed(recipe.seed, "trainer") % 2**31,
         ignore_data_skip=False,  # with True, the random state is put back too early within a pass over the data
         disable_tqdm=True,

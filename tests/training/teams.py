@@ -186,8 +186,8 @@ def gradients_of(
     model.model.train()
     model.model.zero_grad()
     trainer._step = 0
-    if trainer.args.gradient_checkpointing:  # the Trainer does this at the start of `train`
-        model.base.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    if trainer.args.activation_checkpointing:  # the Trainer does this at the start of `train`
+        model.base.gradient_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
     if change is not None:
         batch = trainer._generate_and_score_completions(None)
         change(batch)
