@@ -55,6 +55,8 @@ class _Layout:
 class _State:
     agents: tuple[Cell, ...]
     box: Cell
+    did: tuple[str, ...]
+    """What each agent tried in the step before."""
 
 
 @register
@@ -92,15 +94,15 @@ class BoxPush(Task[BoxPushParams, _State]):
             default_action="stay",
         )
         offsets = (f"{side}{far}" for side in "nsew" for far in range(1, params.view + 1))
-        fixed = ("left", "row", "col", "goal", "unknown", "box", "mate", "walls", "free", "wall", "far", "v0", "h0")
+        fixed = ("left", "did", "row", "col", "goal", "unknown", "box", "mate", "walls", "free", "wall", "far", "v0", "h0")
         lefts = (str(left) for left in range(self.horizon + 1))
-        self.words = tuple(sorted({*self.agents, *rows, *SIDES, *offsets, *lefts, *fixed, "informed"}))
+        self.words = tuple(sorted({*self.agents, *rows, *ACTIONS, *offsets, *lefts, *fixed, "informed"}))
         self.layout = self._search(lambda: self._draw(rng), _key)
         self.walls = self.layout.walls
         self.direction = str(rng.choice(SIDES))
         self.informed = str(rng.choice(self.agents))
         self.goal = shift(self.layout.box, self.direction, params.push)
-        return _State(self.layout.starts, self.layout.box)
+        return _State(self.layout.starts, self.layout.box, ("stay",) * params.agents)
 
     def _draw(self, rng: np.random.Generator) -> _Layout | None:
         """A box that can go all four ways, walls off its lines, and starts from which there is time for each way."""
@@ -135,8 +137,9 @@ class BoxPush(Task[BoxPushParams, _State]):
         sides = (walk(here, side, self.params.size, self.walls) == here for side in SIDES)
         walls = " ".join("wall" if shut else "free" for shut in sides)
         known = self.direction if agent == self.informed else "unknown"
+        did = self._state.did[self.agents.index(agent)]
         text = (
-            f"left {self.horizon - self._step} row {here[0]} col {here[1]} goal {known} "
+            f"left {self.horizon - self._step} did {did} row {here[0]} col {here[1]} goal {known} "
             f"box {box} mate {mate} walls {walls}"
         )
         fields = {"row": str(here[0]), "col": str(here[1])}
@@ -158,7 +161,7 @@ class BoxPush(Task[BoxPushParams, _State]):
         success = after == self.goal
         done = success or self._step + 1 == self.horizon
         rewards = dict.fromkeys(self.agents, float(success))
-        return Outcome(_State(moved, after), rewards, done, success if done else None, done and not success)
+        return Outcome(_State(moved, after, tuple(actions[agent] for agent in self.agents)), rewards, done, success if done else None, done and not success)
 
     def _pushed(self, actions: Mapping[str, str]) -> str | None:
         """The way the box goes in this step; None where it stays, also when it is pushed two ways at once."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import numpy as np
 
 from preconcert.core import Decision, Env, Message, Observation
-from preconcert.envs.grid import ACTIONS, OPPOSITE, SIDES, Cell, shift, step_toward, walk
+from preconcert.envs.grid import ACTIONS, OPPOSITE, SIDES, Cell, distances, shift, step_toward, walk
 
 if TYPE_CHECKING:
     from preconcert.envs.box_push import BoxPush
@@ -21,9 +21,9 @@ class BoxPushScript:
     it goes next to the box, without the box to the middle. Its mistakes are drawn anew at every step.
     """
 
-    SLIP: ClassVar[float] = 0.2
+    SLIP: ClassVar[float] = 0.1
     """Probability of a random action."""
-    MISNAME: ClassVar[float] = 0.3
+    MISNAME: ClassVar[float] = 0.45
     """Probability that the informed agent says another direction, or none."""
 
     def decide(
@@ -32,16 +32,17 @@ class BoxPushScript:
         """Reads the observation and the inbox only."""
         words = observation.text.split()
         size = len(env.language.forecast[0].choices)
-        here = (int(words[3]), int(words[5]))
+        did, here = words[3], (int(words[5]), int(words[7]))
         heard = [message.payload.split() for message in inbox if len(message.payload.split()) == 4]
-        own, seen = words[7], _seen_box(words, here)
+        own, seen = words[9], _seen_box(words[11:13], here)
         goal = own if own != "unknown" else next((say[0] for say in reversed(heard) if say[0] in SIDES), None)
         told = next(((int(say[1]), int(say[2])) for say in reversed(heard) if "none" not in say[1:3]), None)
         box = seen or told
-        walls = {shift(here, side) for side, word in zip(SIDES, words[15:19], strict=True) if word == "wall"}
-        planned = _plan(here, goal, box, walls, size, mate_here=words[12:14] == ["v0", "h0"])
+        walls = {shift(here, side) for side, word in zip(SIDES, words[17:21], strict=True) if word == "wall"}
+        beside = words[14:16] == ["v0", "h0"]
+        planned = _plan(here, goal, box, walls, size, did, mate_here=beside)
         after = here if box is not None and planned == goal else walk(here, planned, size, walls)
-        following = _plan(after, goal, box, walls, size, mate_here=words[12:14] == ["v0", "h0"])
+        following = _plan(after, goal, box, walls, size, planned, mate_here=beside)
         action = str(rng.choice(ACTIONS)) if rng.random() < self.SLIP else planned
         if own != "unknown" and rng.random() < self.MISNAME:
             own = str(rng.choice([word for word in (*SIDES, "unknown") if word != own]))
@@ -49,26 +50,43 @@ class BoxPushScript:
         return Decision(action, f"{own} {place} {following}")
 
 
-def _seen_box(words: Sequence[str], here: Cell) -> Cell | None:
+def _seen_box(offset: Sequence[str], here: Cell) -> Cell | None:
     """The box's cell from its offset words."""
-    down, right = words[9:11]
+    down, right = offset
     if down == "far":
         return None
     sign = -1 if down[0] == "n" else 1, -1 if right[0] == "w" else 1
     return here[0] + sign[0] * int(down[1:]), here[1] + sign[1] * int(right[1:])
 
 
-def _plan(here: Cell, goal: str | None, box: Cell | None, walls: set[Cell], size: int, mate_here: bool) -> str:
+def _plan(
+    here: Cell, goal: str | None, box: Cell | None, walls: set[Cell], size: int, did: str, mate_here: bool
+) -> str:
     """The move of a player without mistakes."""
     if box is None:
-        return step_toward(here, (size // 2, size // 2), size, walls - {(size // 2, size // 2)})
+        return _onward(here, (size // 2, size // 2), size, walls - {(size // 2, size // 2)}, did)
     if goal is None:
         beside = min((shift(box, side) for side in SIDES), key=lambda cell: (_far(here, cell), cell))
-        return step_toward(here, beside, size, walls | {box})
+        return _onward(here, beside, size, walls | {box}, did)
     behind = shift(box, OPPOSITE[goal])
     if here == behind:
         return goal if mate_here else "stay"
-    return step_toward(here, behind, size, walls | {box})
+    return _onward(here, behind, size, walls | {box}, did)
+
+
+def _onward(start: Cell, target: Cell, size: int, blocked: set[Cell], did: str) -> str:
+    """The first move of a shortest way; of equally short ones not the one straight back.
+
+    Walls are seen from the cells beside them only: without a preference the way around one is soon forgotten.
+    """
+    away = distances(target, size, blocked)
+    if start == target or start not in away:
+        return "stay"
+    back = OPPOSITE.get(did)
+    return min(
+        (side for side in SIDES if shift(start, side) in away),
+        key=lambda side: away[shift(start, side)] + 0.5 * (side == back),
+    )
 
 
 def _far(one: Cell, other: Cell) -> int:
@@ -83,7 +101,7 @@ class BoxPushExpert:
     ) -> Decision:
         """Waits until the whole team is behind the box, so that nobody stands in its way."""
         task = cast("BoxPush", env)
-        known = observation.text.split()[7]
+        known = observation.text.split()[9]
         heard = [word for message in inbox for word in message.payload.split()[:1] if word in SIDES]
         goal = known if known != "unknown" else heard[-1] if heard else None
         place = f"{known} {task.box[0]} {task.box[1]}"
