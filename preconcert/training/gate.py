@@ -32,8 +32,8 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        """Is there enough to learn from?"""
-        return self.gap >= self.min_gap
+        """Is there enough to learn from? Without a minimum there always is, also where chance made the gap negative."""
+        return not self.min_gap or self.gap >= self.min_gap
 
 
 def run_gate(recipe: Recipe, team: Policy) -> GateResult:
