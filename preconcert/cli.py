@@ -25,7 +25,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from preconcert import __version__
-from preconcert.core import ConfigError, EnvError, PreconcertError
+from preconcert.core import ConfigError, EnvError, PreconcertError, UnknownNameError
 
 if TYPE_CHECKING:
     from preconcert.experiments.replay import Replay
@@ -289,6 +289,49 @@ def watch(
         except OSError as error:
             raise ConfigError(f"{str(file)!r} cannot be written: {error.strerror}") from error
     print(file)
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="Which one, e.g. credit.", show_default=False)],
+    scale: Annotated[str, typer.Option(help="smoke (a minute), standard (two hours on two cores) or full.")] = "smoke",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Training seeds; by default the scale's.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Its folder; runs/experiments/NAME-SCALE.", show_default=False)
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells side by side; one per core.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train and compare arms over seeds; a page, figures and every number. Started again, it goes on."""
+    with _quiet():
+        from preconcert.experiments.experiment import Scale
+        from preconcert.experiments.page import PAGE, carry_out_experiment
+        from preconcert.experiments.provenance import machine
+        from preconcert.experiments.registry import experiment_named
+        from preconcert.experiments.terminal import ScheduleProgress, experiment_view
+
+        if scale not in list(Scale):
+            raise UnknownNameError("scale", scale, Scale)
+        chosen = experiment_named(name)
+        folder = out or Path("runs") / "experiments" / f"{name}-{scale}"
+        side_by_side = jobs or int(machine()["cores"] or 1)
+        try:
+            with ScheduleProgress(_console(err=True)) as reporter:
+                result = carry_out_experiment(chosen, Scale(scale), folder, seeds, side_by_side, reporter)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        _print_json({"out": str(folder), **result.summary()})
+    else:
+        _console().print(experiment_view(result))
+        print(folder / PAGE)
+    if result.failed:
+        raise typer.Exit(1)
 
 
 @app.command("check-env")

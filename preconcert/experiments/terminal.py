@@ -1,12 +1,14 @@
-"""Evaluations, replays and progress on a terminal."""
+"""Evaluations, replays, experiments and progress on a terminal."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
@@ -18,11 +20,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from preconcert.experiments.evaluation import Evaluation
+from preconcert.experiments.page import Result
 from preconcert.experiments.replay import Frame, Replay, View
+from preconcert.experiments.schedule import Running
 from preconcert.training.measures import Measures
 
 _COLOURS = ("blue", "dark_orange3", "green4", "magenta", "gold3", "red3", "cyan", "yellow4")
@@ -102,6 +107,73 @@ class ProgressReporter:
         self._said = time.monotonic()
         parts = [f"{self._name}: {self._done}/{self._total}", self._note, f"{self._said - self._started:.0f} s"]
         self.console.print(", ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
+
+
+class ScheduleProgress:
+    """A `ScheduleReporter` that draws a bar for all cells and a line for each that runs; without a terminal, now and
+    then a line.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._started = self._said = time.monotonic()
+        self._before: int | None = None
+        self._live = Live(console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> ScheduleProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: int, failed: int, total: int, running: Sequence[Running]) -> None:
+        """Cells done, running and failed, and the time left if the others take as long."""
+        over = done + failed
+        if self._before is None:
+            self._before = over
+        passed = time.monotonic() - self._started
+        left = passed / (over - self._before) * (total - over) if over > self._before else None
+        text = f"cells: {done} of {total} done"
+        text += f", {failed} failed" if failed else ""
+        text += f", {passed / 60:.0f} min" + ("" if left is None else f", about {left / 60:.0f} min left")
+        if self._live is not None:
+            rows = Table.grid(padding=(0, 2))
+            for each in running:
+                rows.add_row(Text(each.name), Text(each.stage, style="dim"), _steps(each))
+            bar = ProgressBar(total=max(1, total), completed=over, width=40)
+            self._live.update(Group(Text(text), bar, rows))
+        elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES or over == total:
+            self._said = time.monotonic()
+            now = "; ".join(f"{each.name} {each.stage} {_steps(each)}".strip() for each in running)
+            self.console.print(f"{text}; {now}" if now else text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _steps(running: Running) -> str:
+    return f"{running.done}/{running.total}" if running.total else ""
+
+
+def experiment_view(result: Result) -> RenderableType:
+    """An experiment's findings and tables."""
+    parts: list[RenderableType] = [Text(result.experiment.question, style="bold"), Text("")]
+    for finding in result.report.findings:
+        parts.append(Text(("• " if finding.clear else "· ") + finding.text, style="" if finding.clear else "dim"))
+    for found in result.report.tables:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=found.title, title_justify="left", title_style="bold")
+        for number, column in enumerate(found.columns):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in found.shown():
+            table.add_row(*(escape(f"{text} ({interval})" if interval else text) for text, interval in row))
+        parts.append(table)
+    parts += [Text(f"failed: {where}: {error}", style="red") for where, error in result.failures()]
+    return Group(*parts)
 
 
 def arms_table(found: Evaluation) -> RenderableType:

@@ -1,0 +1,176 @@
+"""What an experiment is: a question, arms, tasks and seeds, the work of one cell, and how the cells are read.
+
+Parts: `ExperimentArm` and `ExperimentTask` (pieces of a recipe), `Plan` (what a scale means), `Experiment`, `Cell` (an
+arm on a task with a seed, resolved to one recipe) and `cells_of`. Cells are carried out in `cell.py` and `schedule.py`;
+`report.py` says what a report is made of.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pydantic import ValidationError
+
+from preconcert.core import ConfigError
+from preconcert.experiments.report import Report
+from preconcert.training.recipe import Recipe
+
+
+class Scale(StrEnum):
+    """How much is invested."""
+
+    SMOKE = "smoke"
+    """A minute: does everything work?"""
+    STANDARD = "standard"
+    """About two hours on two cores; what the docs quote."""
+    FULL = "full"
+    """As large as the question deserves."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentArm:
+    """One of the ways that are compared."""
+
+    name: str
+    """Unique within the experiment."""
+    title: str
+    """For people."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Values by dotted key of the recipe."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks it runs on; empty means all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentTask:
+    """One of the tasks, with the recipe that all arms start from."""
+
+    name: str
+    """Unique within the experiment."""
+    recipe: Mapping[str, Any]
+    """As in a YAML recipe, without the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is done at one scale."""
+
+    arms: tuple[ExperimentArm, ...]
+    tasks: tuple[ExperimentTask, ...]
+    seeds: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For the work of a cell, e.g. how many held-out episodes it plays. Part of a cell's hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Arm × task × seed."""
+
+    arm: str
+    task: str
+    seed: int
+    work: str
+    """`module:function` that carries it out; see `cell.py` for what it is given."""
+    recipe: Recipe
+    options: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """The hash of everything that it is made from. The names are not: equal work is done once."""
+        content = {"work": self.work, "recipe": self.recipe.model_dump(mode="json"), "options": dict(self.options)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """Of its folder: readable, and unique by the digest."""
+        return re.sub(r"[^\w.-]+", "_", f"{self.task}-{self.arm}-s{self.seed}") + f"-{self.digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """A cell that was carried out, or failed."""
+
+    cell: Cell
+    measures: Mapping[str, float | None]
+    """Figures by name; empty where it failed."""
+    curves: Mapping[str, Sequence[float | None]]
+    """Figures per iteration by name."""
+    error: str | None
+    """Why it failed; None where it did not."""
+    made: Mapping[str, Any]
+    """Commit, versions, start and seconds."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; the recipe is elsewhere."""
+        return {
+            "arm": self.cell.arm,
+            "task": self.cell.task,
+            "seed": self.cell.seed,
+            "digest": self.cell.digest,
+            "error": self.error,
+            "measures": dict(self.measures),
+            "curves": {name: list(values) for name, values in self.curves.items()},
+            "made": dict(self.made),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A question and how it is put."""
+
+    name: str
+    question: str
+    """One or two sentences."""
+    plans: Mapping[Scale, Plan]
+    work: str
+    """`module:function` of a cell."""
+    report: Callable[[Plan, Sequence[CellResult]], Report]
+    """A function of a module, so that an experiment can be pickled."""
+    limits: tuple[str, ...] = ()
+    """What the result does not show, one sentence each."""
+
+
+def cells_of(experiment: Experiment, scale: Scale, seeds: int | None = None) -> list[Cell]:
+    """All cells; the first seed's come first, so that an experiment that is stopped has compared all arms on it.
+
+    Raises:
+        ConfigError: an arm does not fit its task's recipe.
+    """
+    plan = experiment.plans[scale]
+    return [
+        Cell(arm.name, task.name, seed, experiment.work, resolve(arm, task, seed), plan.options)
+        for seed in range(seeds or plan.seeds)
+        for arm in plan.arms
+        for task in plan.tasks
+        if not arm.tasks or task.name in arm.tasks
+    ]
+
+
+def resolve(arm: ExperimentArm, task: ExperimentTask, seed: int) -> Recipe:
+    """An arm's recipe on a task.
+
+    Raises:
+        ConfigError: the result is no recipe.
+    """
+    content: dict[str, Any] = copy.deepcopy(dict(task.recipe))
+    for key, value in arm.overrides.items():
+        place = content
+        *path, last = key.split(".")
+        for part in path:
+            inner = place.get(part)
+            place[part] = dict(inner) if isinstance(inner, Mapping) else {}
+            place = place[part]
+        place[last] = value
+    try:
+        return Recipe.model_validate({**content, "seed": seed})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"arm {arm.name!r} on {task.name!r}: {where} = {first['input']!r}: {first['msg']}") from None

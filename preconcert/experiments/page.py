@@ -1,0 +1,189 @@
+"""From cells to what people read: `result.json`, `figures/*.png` and one self-contained `index.html`.
+
+Parts: `carry_out_experiment` (the whole way), `Result` and `write_result`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from preconcert.core import ConfigError
+from preconcert.experiments.experiment import CellResult, Experiment, Plan, Scale, cells_of
+from preconcert.experiments.figures import inlined, png
+from preconcert.experiments.provenance import commit, machine, versions
+from preconcert.experiments.replay import write_page
+from preconcert.experiments.report import Report
+from preconcert.experiments.schedule import ScheduleReporter, run_cells
+from preconcert.training.run import write_json
+
+RESULT, PAGE, FIGURES = "result.json", "index.html", "figures"
+ENOUGH_SEEDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An experiment that was carried out."""
+
+    experiment: Experiment
+    scale: Scale
+    plan: Plan
+    seeds: int
+    cells: Sequence[CellResult]
+    report: Report
+    command: str
+    """That makes it again."""
+    made: Mapping[str, Any]
+    """Commit, versions, machine and time."""
+
+    @property
+    def failed(self) -> list[CellResult]:
+        """Cells that could not be carried out."""
+        return [cell for cell in self.cells if cell.error is not None]
+
+    def failures(self) -> list[tuple[str, str]]:
+        """Where something failed, the seeds of an arm together, and why."""
+        seeds: dict[tuple[str, str, str], list[int]] = {}
+        for each in self.failed:
+            seeds.setdefault((each.cell.arm, each.cell.task, str(each.error)), []).append(each.cell.seed)
+        return [
+            (f"{arm} on {task}, seed {', '.join(map(str, some))}", error) for (arm, task, error), some in seeds.items()
+        ]
+
+    @property
+    def limits(self) -> list[str]:
+        """What the result does not show."""
+        found = list(self.experiment.limits)
+        if self.scale is Scale.SMOKE:
+            found.insert(0, "This is the smoke scale. It shows that everything runs; the numbers mean nothing.")
+        elif self.seeds < ENOUGH_SEEDS:
+            found.insert(0, f"With {self.seeds} seeds instead of at least {ENOUGH_SEEDS} this is exploratory.")
+        return found
+
+    @property
+    def mixed(self) -> list[str]:
+        """The commits that cells were made at, if they are several or not all clean and known."""
+        found = sorted({str(cell.made.get("commit")) for cell in self.cells if cell.error is None})
+        return found if len(found) > 1 else []
+
+    def summary(self) -> dict[str, Any]:
+        """What is said, without the cells."""
+        return {
+            "experiment": self.experiment.name,
+            "question": self.experiment.question,
+            "scale": self.scale.value,
+            "seeds": self.seeds,
+            "command": self.command,
+            "findings": [{"text": finding.text, "clear": finding.clear} for finding in self.report.findings],
+            "tables": [table.to_json() for table in self.report.tables],
+            "figures": {figure.name: figure.caption for figure in self.report.figures},
+            "limits": self.limits,
+            "cells_total": len(self.cells),
+            "cells_failed": [
+                {"arm": each.cell.arm, "task": each.cell.task, "seed": each.cell.seed, "error": each.error}
+                for each in self.failed
+            ],
+            "cell_commits": sorted({str(cell.made.get("commit")) for cell in self.cells if cell.error is None}),
+            **self.made,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything: the summary, each arm's resolved recipe on each task, and every cell's figures."""
+        recipes: dict[str, Any] = {}
+        for each in self.cells:
+            recipe = each.cell.recipe.model_dump(mode="json")
+            del recipe["seed"]  # stands with the cell
+            recipes.setdefault(each.cell.task, {}).setdefault(each.cell.arm, recipe)
+        return {
+            **self.summary(),
+            "options": dict(self.plan.options),
+            "recipes": recipes,
+            "cells": [each.to_json() for each in self.cells],
+        }
+
+
+def carry_out_experiment(
+    experiment: Experiment,
+    scale: Scale,
+    out: Path,
+    seeds: int | None = None,
+    jobs: int = 1,
+    reporter: ScheduleReporter | None = None,
+) -> Result:
+    """Do what is not yet done of an experiment and write what it says.
+
+    Args:
+        experiment: what.
+        scale: how large.
+        out: its folder; cells that it holds are not done again.
+        seeds: instead of the plan's.
+        jobs: processes at a time.
+        reporter: receives progress.
+
+    Raises:
+        ConfigError: an arm does not fit, or the folder is something else.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
+        raise ConfigError(f"{str(out)!r} is not empty and holds no experiment")
+    plan = experiment.plans[scale]
+    cells = cells_of(experiment, scale, seeds)
+    found = run_cells(cells, out, jobs, reporter)
+    words = ["preconcert", "experiment", experiment.name, "--scale", scale.value]
+    words += ["--seeds", str(seeds)] if seeds else []
+    result = Result(
+        experiment=experiment,
+        scale=scale,
+        plan=plan,
+        seeds=seeds or plan.seeds,
+        cells=found,
+        report=experiment.report(plan, found),
+        command=shlex.join(words),
+        made={
+            "commit": commit(),
+            "versions": versions(),
+            "machine": machine(),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    write_result(result, out)
+    return result
+
+
+def write_result(result: Result, out: Path) -> None:
+    """The three kinds of files."""
+    (out / FIGURES).mkdir(parents=True, exist_ok=True)
+    images: dict[str, bytes] = {}
+    for figure in result.report.figures:
+        images[figure.name] = png(figure.figure)
+        (out / FIGURES / f"{figure.name}.png").write_bytes(images[figure.name])
+    write_json(out / RESULT, result.to_json())
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, autoescape=True
+    )
+    html = templates.get_template("experiment.html.jinja").render(
+        result=result,
+        images={name: inlined(image) for name, image in images.items()},
+        numbers=_numbers(result),
+    )
+    write_page(out / PAGE, html)
+
+
+def _numbers(result: Result) -> list[tuple[str, str]]:
+    """Label and text of each fact at the top of the page."""
+    plan = result.plan
+    done = [cell for cell in result.cells if cell.error is None]
+    seconds = {cell.cell.digest: cell.made.get("wall_s", 0.0) for cell in done}
+    return [
+        ("scale", result.scale.value),
+        ("arms", str(len(plan.arms))),
+        ("tasks", ", ".join(task.name for task in plan.tasks)),
+        ("seeds", str(result.seeds)),
+        ("cells", f"{len(done)} of {len(result.cells)}"),
+        ("computing time", f"{sum(seconds.values()) / 3600:.2f} hours on one core each"),
+    ]

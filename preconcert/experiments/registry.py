@@ -1,0 +1,22 @@
+"""The experiments by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from preconcert.core import UnknownNameError
+from preconcert.experiments.credit import CREDIT
+from preconcert.experiments.experiment import Experiment
+
+EXPERIMENTS: Mapping[str, Experiment] = {each.name: each for each in (CREDIT,)}
+
+
+def experiment_named(name: str) -> Experiment:
+    """An experiment.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    if name not in EXPERIMENTS:
+        raise UnknownNameError("experiment", name, EXPERIMENTS)
+    return EXPERIMENTS[name]
