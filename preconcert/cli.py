@@ -292,6 +292,47 @@ def watch(
 
 
 @app.command()
+def diagnose(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; RUN/diagnostics.html if not given.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How training went: gradients, clipping, entropy, shares, critic; as figures and as a page."""
+    from preconcert.config import load_run
+
+    with _quiet():
+        from preconcert.experiments.diagnostics import diagnose as figures_of
+        from preconcert.experiments.diagnostics import diagnostics_page, read_log, said
+        from preconcert.experiments.replay import write_page
+
+        recipe = load_run(run)
+        log = read_log(run)
+        found = figures_of(log)
+        file = out or run / "diagnostics.html"
+        facts = [
+            ("run", str(run)),
+            ("algorithm", recipe.algorithm.value),
+            ("credit", recipe.grpo.credit.type),
+            ("update", recipe.update.order.value),
+            ("seed", str(recipe.seed)),
+        ]
+        try:
+            write_page(file, diagnostics_page(f"How {recipe.task} was trained", facts, log))
+        except OSError as error:
+            raise ConfigError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+    if as_json:
+        _print_json({"run": str(run), "page": str(file), **found})
+    else:
+        table = Table("figure", "", title=str(run), title_justify="left")
+        for label, text in said(found):
+            table.add_row(label, text)
+        _console().print(table)
+        print(file)
+
+
+@app.command()
 def experiment(
     name: Annotated[str, typer.Argument(help="Which one, e.g. credit.", show_default=False)],
     scale: Annotated[str, typer.Option(help="smoke (a minute), standard (two hours on two cores) or full.")] = "smoke",

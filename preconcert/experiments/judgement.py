@@ -28,7 +28,10 @@ SPIKE_WINDOW = 20
 """Updates in the running median."""
 LAST = 5
 """Iterations that the end of a curve is averaged over."""
-_KEPT = ("success", "return", "grad_norm", "explained_variance", "entropy", "malformed", "hindsight_loss")
+_KEPT = (
+    "success", "return", "grad_norm", "gradient_norm/largest", "explained_variance", "entropy", "malformed",
+    "hindsight_loss",
+)  # fmt: skip
 
 
 def train_and_judge(
@@ -116,7 +119,7 @@ def course(curves: Mapping[str, Sequence[float | None]]) -> dict[str, float | No
     if not curves:
         return {}
     success = [value for value in curves.get("success", ()) if value is not None]
-    norms = [value for value in curves.get("grad_norm", ()) if value is not None]
+    norms = [value for value in curves.get("gradient_norm/largest", ()) if value is not None]
     explained = [value for value in curves.get("explained_variance", ()) if value is not None]
     found: dict[str, float | None] = {
         "env_steps": curves["env_steps"][-1],
