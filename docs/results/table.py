@@ -48,10 +48,12 @@ def main() -> None:
                 f"{done['malformed_rate']:.3f} |"
             )
         print()
-    print("Predictions are of sampled play. On `signal` there is nothing to intend: the listener's order cannot be known.")
-    print("There and on `box-push` the script errs at random around a choice that is right, so the greedy warm start")
-    print("already succeeds, and what reinforcement learning adds is certainty when sampling; on `rendezvous` the script's")
-    print("commonest choice is the mistake, and greedy play has to be learned too.")
+    print(
+        "Predictions are of sampled play. On `signal` there is nothing to intend: the listener's order cannot be known.\n"
+        "There and on `box-push` the script errs at random around a choice that is right, so the greedy warm start\n"
+        "already succeeds, and reinforcement learning adds certainty when sampling; on `rendezvous` the script's\n"
+        "commonest choice is the mistake, and greedy play has to be learned too."
+    )
 
 
 main()
