@@ -49,7 +49,7 @@ def main() -> None:
             )
         print()
     print(
-        "Predictions are of sampled play. On `signal` there is nothing to intend: the listener's order cannot be known.\n"
+        "Predictions are of sampled play. On `signal` there is nothing to intend: a listener's order is hidden.\n"
         "There and on `box-push` the script errs at random around a choice that is right, so the greedy warm start\n"
         "already succeeds, and reinforcement learning adds certainty when sampling; on `rendezvous` the script's\n"
         "commonest choice is the mistake, and greedy play has to be learned too."
