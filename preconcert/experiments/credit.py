@@ -1,8 +1,10 @@
 """Experiment `credit`: who is given which credit, with one adapter for all or one for each.
 
-Arms are credit estimators and critics × adapters. All cells of a task and seed share their warm start, play as many
-episodes per iteration and for as many iterations; since better teams finish earlier, curves are read against the
-environment steps that were really played, and compared at the largest number that every cell has.
+Arms are credit estimators and critics × adapters. All cells of a task and seed share their warm start and are updated
+equally often. Arms that play whole games play equally many of them. Agent × turn branches off every moment of a game
+and plays each branch to its end; as a game of H steps then costs (H + 1) / 2 times as much, it is given fewer. What is
+left of a difference (better teams finish earlier) is shown: curves are drawn against the environment steps that were
+really played, and read at the largest number that every cell has.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ SCALED = {"grpo.rewards": {"scale": {"agent_1": 10.0}}}
 """The sub-study: one agent's rewards count ten times as much in training."""
 SCALED_ESTIMATORS = ("global", "agent")
 REFERENCE = "global"
+BRANCHING = "agent-turn"
 WARM = "warm"
 _LEAN: Mapping[str, Any] = {"gate": {"min_gap": 0.0, "episodes": 16}, "keep_episodes": False}
 
@@ -55,13 +58,20 @@ def arm_name(estimator: str, adapters: str, scaled: bool = False) -> str:
     return f"{estimator}{'-scaled' if scaled else ''}.{adapters}"
 
 
-def arms(estimators: Sequence[str] = tuple(ESTIMATORS), scaled: bool = True) -> tuple[ExperimentArm, ...]:
-    """The warm start alone, every estimator with both kinds of adapters, and the sub-study."""
+def arms(branching: Mapping[str, int]) -> tuple[ExperimentArm, ...]:
+    """The warm start alone, every estimator with both kinds of adapters, and the sub-study.
+
+    Args:
+        branching: by task, `grpo.seeds` of agent × turn, such that it plays about as many steps as the others.
+    """
+    fewer = {task: {"grpo.seeds": seeds} for task, seeds in branching.items()}
     found = [ExperimentArm(WARM, "warm start alone", {"grpo.iterations": 0, "adapters": "shared"})]
     for adapters, (place, kind) in ADAPTERS.items():
         found += [
-            ExperimentArm(arm_name(name, adapters), f"{ESTIMATORS[name][0]}, {place}", {**ESTIMATORS[name][1], **kind})
-            for name in estimators
+            ExperimentArm(
+                arm_name(name, adapters), f"{title}, {place}", {**given, **kind}, fewer if name == BRANCHING else {}
+            )
+            for name, (title, given) in ESTIMATORS.items()
         ]
     for adapters, (place, kind) in ADAPTERS.items():
         found += [
@@ -71,7 +81,6 @@ def arms(estimators: Sequence[str] = tuple(ESTIMATORS), scaled: bool = True) -> 
                 {**ESTIMATORS[name][1], **kind, **SCALED},
             )
             for name in SCALED_ESTIMATORS
-            if scaled
         ]
     return tuple(found)
 
@@ -176,7 +185,8 @@ def _outcomes(plan: Plan, readings: Readings, task: str, limits: Mapping[str, fl
 
 
 def _course(plan: Plan, readings: Readings, task: str) -> ReportTable:
-    shares = sorted({key for each in readings.cells for key in each.measures if "share" in key})
+    # The share of a single adapter is always 1.
+    shares = sorted({key for each in readings.cells for key in each.measures if "share/agent" in key})
     rows: list[tuple[Entry, ...]] = []
     names = ("spikes_per_100", "peak_minus_final", "explained_variance", *shares, "env_steps", "tokens", "train_s")
     for arm in plan.arms:
@@ -189,8 +199,8 @@ def _course(plan: Plan, readings: Readings, task: str) -> ReportTable:
         f"{task}: the course of training",
         (
             "arm", f"gradient spikes per 100 (> {SPIKE:g} × running median)", "peak minus final success",
-            "explained variance", *(name.replace("_", " ") for name in shares), "environment steps",
-            "generated tokens", "training seconds",
+            "explained variance", *(name.replace("_", " ").replace("/", " of ") for name in shares),
+            "environment steps", "generated tokens", "training seconds",
         ),
         tuple(rows),
         "Means over seeds. Gradient norms are those that were logged: one per iteration, of its last step. Seconds are "
@@ -266,7 +276,7 @@ def _count(readings: Readings, arm: str, task: str) -> str:
 
 
 SMOKE = Plan(
-    arms=tuple(arm for arm in arms() if arm.name in (arm_name("global", "own"), arm_name("agent", "own"))),
+    arms=tuple(arm for arm in arms({}) if arm.name in (arm_name("global", "own"), arm_name("ppo-central", "own"))),
     tasks=(
         ExperimentTask(
             "rendezvous",
@@ -283,20 +293,41 @@ SMOKE = Plan(
     seeds=2,
     options={"episodes": 8},
 )
+_BOX_PUSH: Mapping[str, Any] = {"hindsight_weight": 0.1}
+"""As in the task's recipe."""
 STANDARD = Plan(
-    arms=arms(),
+    arms=arms({"rendezvous": 2, "box-push": 1}),
     tasks=(
-        ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 30, "seeds": 8}}),
-        ExperimentTask("box-push", {**_LEAN, "task": "box-push", "grpo": {"iterations": 20, "seeds": 4}}),
+        ExperimentTask(
+            "rendezvous",
+            {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 24, "seeds": 8, "group": 8}},
+        ),
+        ExperimentTask(
+            "box-push",
+            {
+                **_LEAN,
+                "task": "box-push",
+                "warm_start": {"episodes": 4000, "steps": 900},
+                "grpo": {**_BOX_PUSH, "iterations": 24, "seeds": 8, "group": 4},
+            },
+        ),
     ),
     seeds=5,
     options={"episodes": 100},
 )
 FULL = Plan(
-    arms=arms(),
+    arms=arms({"rendezvous": 4, "box-push": 2}),
     tasks=(
-        ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous"}),
-        ExperimentTask("box-push", {**_LEAN, "task": "box-push", "warm_start": {"episodes": 4000, "steps": 900}}),
+        ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 60, "seeds": 16}}),
+        ExperimentTask(
+            "box-push",
+            {
+                **_LEAN,
+                "task": "box-push",
+                "warm_start": {"episodes": 8000, "steps": 2000},
+                "grpo": {**_BOX_PUSH, "iterations": 60, "seeds": 16},
+            },
+        ),
     ),
     seeds=10,
     options={"episodes": 200},
@@ -314,13 +345,14 @@ CREDIT = Experiment(
     limits=(
         "The models are starters of about 0.13 million parameters, made from nothing and taught by a script. Whether "
         "the order of the arms is the same for pretrained models of useful size is not known from this.",
-        "There are two agents and two small grid tasks. Credit problems that come with many agents, with roles that "
-        "differ, or with long episodes are not touched; in both tasks all agents earn the same reward unless it is "
-        "scaled, and agent-wise and global normalisation are then nearly the same by construction.",
+        "There are two agents and two small grid tasks, and both agents always earn the same reward unless it is "
+        "scaled: agent-wise and global credit are then the same by construction, and only the sub-study tells them "
+        "apart. Many agents, roles that differ and long episodes are not touched.",
         "Every arm runs with the same learning rate, clipping and number of passes, which were chosen with agent-wise "
         "credit. An arm that loses here might win with settings of its own.",
-        "Arms play equally many episodes. Held-out figures are those after the last iteration, when better teams have "
-        "played fewer environment steps; the figure at the common budget is of training instances and sampled play.",
+        "Environment steps are matched approximately, as the tables show. Held-out figures are those after the last "
+        "iteration; the figure at the common budget is of sampled play on training instances.",
+        "Gradient spikes are counted among the norms that are logged, one per iteration.",
         "Percentile intervals from five seeds are known to be somewhat too narrow.",
     ),
 )

@@ -44,6 +44,8 @@ class ExperimentArm:
     """For people."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values by dotted key of the recipe."""
+    on_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further overrides by the task's name, for what must differ between tasks."""
     tasks: tuple[str, ...] = ()
     """Names of the tasks it runs on; empty means all."""
 
@@ -160,7 +162,7 @@ def resolve(arm: ExperimentArm, task: ExperimentTask, seed: int) -> Recipe:
         ConfigError: the result is no recipe.
     """
     content: dict[str, Any] = copy.deepcopy(dict(task.recipe))
-    for key, value in arm.overrides.items():
+    for key, value in {**arm.overrides, **arm.on_task.get(task.name, {})}.items():
         place = content
         *path, last = key.split(".")
         for part in path:

@@ -116,6 +116,8 @@ def test_overrides_reach_into_the_recipe() -> None:
     assert (recipe.grpo.iterations, recipe.grpo.seeds, recipe.channel.drop) == (5, 2, 0.5)
     assert (recipe.frozen, recipe.seed) == (("x",), 4)
     assert task.recipe["grpo"] == {"iterations": 3, "seeds": 2}
+    arm = ExperimentArm("a", "a", {"grpo.group": 3, "grpo.seeds": 9}, {"t": {"grpo.seeds": 7}, "u": {"grpo.seeds": 1}})
+    assert (resolve(arm, task, 0).grpo.group, resolve(arm, task, 0).grpo.seeds) == (3, 7)
     with pytest.raises(ConfigError, match=r"arm 'a' on 't': grpo\.sedes"):
         resolve(ExperimentArm("a", "a", {"grpo.sedes": 1}), task, 0)
 
