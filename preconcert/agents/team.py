@@ -1,8 +1,8 @@
 """The generative team: every agent's turns written by one language model, in one batch.
 
-An agent is a name; `assignment` says which adapter writes for it. One `decide` call turns all requests into prompts,
-makes a single `generate` call with the adapters mixed, and parses what came back. A turn that does not parse is a
-record with `malformed` set and the task's default action.
+An agent is a name; `assignment` says which adapter writes for it, and a request's `player` overrules that for its
+episode. One `decide` call turns all requests into prompts, makes a single `generate` call with the adapters mixed, and
+parses what came back. A turn that does not parse is a record with `malformed` set and the task's default action.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class GenerativeTeam:
         self.assignment = dict(assignment)
         self.temperature = temperature
         self.version = version
+        self.versions: dict[str, int] = {}
+        """Updates behind adapters that stay as they are, by name; `version` goes for all others."""
         self.format = TurnFormat(model.tokenizer, language, settings.spans, settings.memory)
         self.language = language
         self._threads: dict[tuple[str, str], _Thread] = {}
@@ -105,7 +107,8 @@ class GenerativeTeam:
         """One turn per request, from a single batch.
 
         Raises:
-            UnknownNameError: a request for an agent that the team does not have.
+            UnknownNameError: a request for an agent that the team does not have, or for an adapter that the model does
+                not have.
         """
         prompts = [self._prompt(request) for request in requests]
         transcript = self.settings.context is Context.TRANSCRIPT
@@ -114,7 +117,7 @@ class GenerativeTeam:
                 GenerateRequest(
                     prompt_ids=prompt,
                     seed=request.seed,
-                    adapter=self._adapter(request.agent),
+                    adapter=self.adapter_of(request),
                     automaton=self.format.automaton(request.others, request.observation.legal_actions)
                     if self.settings.constrained
                     else None,
@@ -137,10 +140,23 @@ class GenerativeTeam:
             self.model.close_session(f"{key[0]}/{key[1]}")
 
 
-    def _adapter(self, agent: str) -> str | None:
-        if agent not in self.assignment:
-            raise UnknownNameError("agent", agent, self.assignment)
-        return self.assignment[agent]
+    def version_of(self, adapter: str) -> int:
+        """Number of updates behind an adapter."""
+        return self.versions.get(adapter, self.version)
+
+    def adapter_of(self, request: TurnRequest) -> str | None:
+        """Who writes a turn; None for the base model.
+
+        Raises:
+            UnknownNameError: the team has no such agent, or the model no such adapter.
+        """
+        if request.agent not in self.assignment:
+            raise UnknownNameError("agent", request.agent, self.assignment)
+        if request.player is None:
+            return self.assignment[request.agent]
+        if request.player not in self.model.adapters:
+            raise UnknownNameError("adapter", request.player, self.model.adapters)
+        return request.player
 
     def _prompt(self, request: TurnRequest) -> tuple[int, ...]:
         thread = self._threads.setdefault((request.episode, request.agent), _Thread())
@@ -187,7 +203,7 @@ class GenerativeTeam:
             malformed=content is None,
             reward=0.0,
             text=self.format.text(completion.ids),
-            adapter=self._adapter(request.agent),
+            adapter=self.adapter_of(request),
         )
 
 

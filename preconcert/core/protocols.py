@@ -82,6 +82,8 @@ class TurnRequest:
     """Everything random in the decision follows from it."""
     env: Env
     """The running instance, for scripted players and oracles; a learned policy does not look at it."""
+    player: str | None = None
+    """Who decides, where the episode's cast says so: the name of an adapter. None leaves it to the policy."""
 
 
 @runtime_checkable

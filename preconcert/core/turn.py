@@ -68,4 +68,5 @@ class Turn:
     text: str = ""
     """The completion in words, for people."""
     adapter: str | None = None
-    """The adapter that wrote it; None for the base model and for scripted players."""
+    """The adapter that wrote it, or `script:NAME` where the episode's cast names a script; None for the base model and
+    for a scripted policy."""

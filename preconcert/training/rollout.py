@@ -43,11 +43,15 @@ class EpisodeSpec:
     sample: int = 0
     """Index within the group of episodes on the same seed."""
     iteration: int = -1
+    cast: Mapping[str, str] = field(default_factory=dict)
+    """Who plays an agent instead of what the policy has for it: an adapter, or `script:NAME` for one of the task's own
+    players."""
 
     @property
     def group(self) -> str:
-        """Episodes of one group are samples of the same task instance."""
-        return f"{self.task}:{self.split}:{self.seed}"
+        """Episodes of one group are samples of the same task instance, played by the same cast."""
+        cast = "".join(f":{agent}={player}" for agent, player in self.cast.items())
+        return f"{self.task}:{self.split}:{self.seed}{cast}"
 
     @property
     def name(self) -> str:
@@ -55,11 +59,15 @@ class EpisodeSpec:
         return f"{self.group}:{self.iteration}:{self.sample}"
 
 
+SCRIPT = "script:"
+"""Goes before the name of one of the task's own players in a cast."""
+
+
 class ScriptedPolicy:
     """The task's own players as a policy.
 
     Args:
-        kind: `expert`, `scripted` or `random`.
+        kind: `expert`, `scripted`, `random`, or one of the task's opponents.
 
     Raises:
         ConfigError: when deciding, if the task has no players.
@@ -189,8 +197,22 @@ def rollout(
     return [finished[spec.name] for spec in specs]
 
 
+def _version(policies: Policy | Mapping[str, Policy], agent: str, player: str | None) -> int:
+    """Updates behind whoever plays an agent."""
+    policy = _policy_of(policies, agent)
+    if player is None:
+        return policy.version
+    if player.startswith(SCRIPT):
+        return ScriptedPolicy.version
+    version_of = getattr(policy, "version_of", None)
+    return policy.version if version_of is None else int(version_of(player))
+
+
 def _start(spec: EpisodeSpec) -> _Live:
     env = make_env(spec.task, spec.params, spec.seed, spec.split)
+    for agent in spec.cast:
+        if agent not in env.agents:
+            raise UnknownNameError("agent", agent, env.agents)
     observations = env.reset()
     state = _Live(spec, env, observations)
     state.states.append(env.state())
@@ -214,6 +236,7 @@ def _requests(live: Mapping[str, _Live], talk: TextChannel, seed: int) -> list[T
                     language=state.env.language,
                     seed=derive_seed(seed, name, agent, observation.step),
                     env=state.env,
+                    player=state.spec.cast.get(agent),
                 )
             )
     return requests
@@ -222,14 +245,23 @@ def _requests(live: Mapping[str, _Live], talk: TextChannel, seed: int) -> list[T
 def _decide(
     requests: Sequence[TurnRequest], policies: Policy | Mapping[str, Policy]
 ) -> dict[str, dict[str, Turn]]:
-    turns: dict[str, dict[str, Turn]] = defaultdict(dict)
-    by_policy: dict[int, tuple[Policy, list[TurnRequest]]] = {}
+    decided: dict[tuple[str, str], Turn] = {}
+    by_policy: dict[int | str, tuple[Policy, list[TurnRequest]]] = {}
     for request in requests:
-        policy = _policy_of(policies, request.agent)
-        by_policy.setdefault(id(policy), (policy, []))[1].append(request)
-    for policy, asked in by_policy.values():
+        if request.player is not None and request.player.startswith(SCRIPT):
+            if request.player not in by_policy:
+                by_policy[request.player] = (ScriptedPolicy(request.player.removeprefix(SCRIPT)), [])
+            by_policy[request.player][1].append(request)
+        else:
+            policy = _policy_of(policies, request.agent)
+            by_policy.setdefault(id(policy), (policy, []))[1].append(request)
+    for key, (policy, asked) in by_policy.items():
         for request, turn in zip(asked, policy.decide(asked), strict=True):
-            turns[request.episode][request.agent] = turn
+            by_script = isinstance(key, str)
+            decided[request.episode, request.agent] = replace(turn, adapter=request.player) if by_script else turn
+    turns: dict[str, dict[str, Turn]] = defaultdict(dict)
+    for request in requests:  # in the order of the agents, whoever decided first
+        turns[request.episode][request.agent] = decided[request.episode, request.agent]
     return turns
 
 
@@ -273,7 +305,7 @@ def _advance(state: _Live, turns: Mapping[str, Turn], policies: Policy | Mapping
             agent: Trajectory(
                 agent,
                 tuple(state.turns[agent]),
-                _policy_of(policies, agent).version,
+                _version(policies, agent, state.spec.cast.get(agent)),
                 stop,
                 result.observations[agent],
             )

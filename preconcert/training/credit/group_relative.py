@@ -40,19 +40,25 @@ class GroupRelative(Estimator):
         raise NotImplementedError
 
     def group_of(self, game: Game, agent: str, index: int) -> Hashable | None:
-        """All turns of a trajectory are equal; which of them count is the weighting."""
+        """All turns of a trajectory are equal; which of them count is the weighting. Only learners are compared."""
+        if not game.strands[agent].learns:
+            return None
         return self.key(game, agent) if index == 0 or self.weighting is Weighting.TURNS else None
 
     def estimate(self, ledger: Ledger, state: Mapping[str, float] | None = None) -> Credit:
-        """One advantage per trajectory."""
+        """One advantage per trajectory of a learner; 0 for those of others."""
         strands = [(self.key(game, agent), strand) for game in ledger for agent, strand in game.strands.items()]
         by_turn = self.weighting is Weighting.TURNS
-        counts = np.array([strand.turns if by_turn else 1 for _, strand in strands], dtype=np.int64)
+        counts = np.array(
+            [(strand.turns if by_turn else 1) if strand.learns else 0 for _, strand in strands], dtype=np.int64
+        )
         keys = [key for (key, _), count in zip(strands, counts, strict=True) for _ in range(count)]
         totals = np.repeat([strand.total for _, strand in strands], counts)
         found = compared(keys, totals.tolist(), self.scale)
         first = np.cumsum(counts) - counts
-        return Credit(per_strand(ledger, found[first]))
+        advantages = np.zeros(len(strands))
+        advantages[counts > 0] = found[first[counts > 0]]
+        return Credit(per_strand(ledger, advantages))
 
 
 class AgentCredit(GroupRelative):

@@ -6,7 +6,7 @@ and `ledger_of` makes one from episodes. How rewards are put together beforehand
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ class Strand:
     rewards: NDArray[np.float64]
     """As the estimators shall see them, shape (turns,)."""
     sampled: tuple[tuple[bool, ...], ...]
-    """Per completion token, whether it was a choice. Empty for the turns of scripted players."""
+    """Per completion token, whether it was a choice. Empty for the turns of players that do not learn."""
     values: NDArray[np.float64] | None = None
     """The critic's estimate before each turn, shape (turns,)."""
     token_values: tuple[NDArray[np.float64], ...] | None = None
@@ -60,7 +60,7 @@ class Strand:
 
     @property
     def learns(self) -> bool:
-        """Written by a model; scripted players have no tokens and are part of the world."""
+        """Written by an adapter that learns. Scripted players and frozen adapters are part of the world."""
         return any(self.sampled)
 
     @property
@@ -87,14 +87,18 @@ Ledger = Sequence[Game]
 
 
 def ledger_of(
-    episodes: Sequence[Episode], rewards: RewardSettings | None = None, values: Values | None = None
+    episodes: Sequence[Episode],
+    rewards: RewardSettings | None = None,
+    values: Values | None = None,
+    learners: Collection[str] | None = None,
 ) -> list[Game]:
     """A rollout as estimators read it.
 
     Args:
         episodes: the rollout; their own rewards stay as the environment paid them.
         rewards: how rewards are put together; None takes them as they are.
-        values: a critic's estimates, for every turn that a model wrote.
+        values: a critic's estimates, for every turn of a learner.
+        learners: the adapters that learn; None for all.
 
     Raises:
         TrainingError: a reward or a value is not finite, a value is missing, or does not fit its turn.
@@ -104,7 +108,7 @@ def ledger_of(
         Game(
             episode.group,
             {
-                agent: _strand(position, episode, agent, paid, values)
+                agent: _strand(position, episode, agent, paid, values, learners)
                 for agent, paid in shaped_rewards(episode, settings).items()
             },
         )
@@ -123,9 +127,17 @@ def discounted(amounts: NDArray[np.float64], decay: float) -> NDArray[np.float64
 
 
 def _strand(
-    position: int, episode: Episode, agent: str, paid: NDArray[np.float64], values: Values | None
+    position: int,
+    episode: Episode,
+    agent: str,
+    paid: NDArray[np.float64],
+    values: Values | None,
+    learners: Collection[str] | None,
 ) -> Strand:
-    sampled = tuple(turn.sampled for turn in episode.trajectories[agent].turns)
+    sampled = tuple(
+        turn.sampled if learners is None or turn.adapter in learners else ()
+        for turn in episode.trajectories[agent].turns
+    )
     if values is None or not any(sampled):
         return Strand(agent, paid, sampled)
     first: list[float] = []

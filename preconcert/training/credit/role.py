@@ -34,13 +34,17 @@ class RoleCredit(Estimator):
         return Shift.NONE
 
     def estimate(self, ledger: Ledger, state: Mapping[str, float] | None = None) -> Credit:
-        """One advantage per trajectory."""
+        """One advantage per trajectory of a learner; others move no baseline."""
         held = dict(state or {})
-        strands = [(agent, strand.total) for game in ledger for agent, strand in game.strands.items()]
-        advantages = np.array([total - held.get(agent, 0.0) for agent, total in strands], dtype=np.float64)
+        strands = [(agent, strand) for game in ledger for agent, strand in game.strands.items()]
+        advantages = np.array(
+            [strand.total - held.get(agent, 0.0) if strand.learns else 0.0 for agent, strand in strands],
+            dtype=np.float64,
+        )
         returns: dict[str, list[float]] = defaultdict(list)
-        for agent, total in strands:
-            returns[agent].append(total)
+        for agent, strand in strands:
+            if strand.learns:
+                returns[agent].append(strand.total)
         for agent, totals in returns.items():
             kept = self.decay ** len(totals)
             held[agent] = kept * held.get(agent, 0.0) + (1.0 - kept) * float(np.mean(np.sort(totals)))
