@@ -18,27 +18,28 @@ from preconcert.training.rollout import EpisodeSpec, rollout
 class GateResult:
     """What the gate saw."""
 
-    success: float
-    """With messages."""
-    shuffled: float
+    success: float | None
+    """With messages. None where episodes have no success."""
+    shuffled: float | None
     """With messages exchanged between episodes."""
     min_gap: float
     episodes: int
 
     @property
-    def gap(self) -> float:
+    def gap(self) -> float | None:
         """How much the messages are worth."""
-        return self.success - self.shuffled
+        return None if self.success is None or self.shuffled is None else self.success - self.shuffled
 
     @property
     def passed(self) -> bool:
-        """Is there enough to learn from? Without a minimum there always is, also where chance made the gap negative."""
-        return not self.min_gap or self.gap >= self.min_gap
+        """Is there enough to learn from? Without a minimum, or a success to judge by, there always is, also where
+        chance made the gap negative."""
+        return not self.min_gap or self.gap is None or self.gap >= self.min_gap
 
 
 def run_gate(recipe: Recipe, team: Policy) -> GateResult:
     """Play both arms with sampled decisions on the same training-layout seeds."""
-    rates: list[float] = []
+    rates: list[float | None] = []
     specs = [
         EpisodeSpec(recipe.task, recipe.params, derive_seed(recipe.seed, "gate", number) % 2**31)
         for number in range(recipe.gate.episodes)
@@ -46,7 +47,8 @@ def run_gate(recipe: Recipe, team: Policy) -> GateResult:
     for mode in (ChannelMode.ON, ChannelMode.SHUFFLED):
         channel = ChannelSettings(mode=mode, drop=recipe.channel.drop)
         episodes = rollout(specs, team, channel, derive_seed(recipe.seed, "gate"))
-        rates.append(sum(episode.success or False for episode in episodes) / len(episodes))
+        judged = [episode.success for episode in episodes if episode.success is not None]
+        rates.append(sum(judged) / len(judged) if judged else None)
     return GateResult(rates[0], rates[1], recipe.gate.min_gap, recipe.gate.episodes)
 
 

@@ -67,6 +67,8 @@ class Rollout:
     """What was played."""
     returns: Mapping[TurnKey, Number] | None = None
     """What a critic should have said about `episodes`, where the credit estimator works with one."""
+    restarted: Sequence[str] = ()
+    """Adapters whose weights were put back before the rollout: what the optimiser remembers of them is void."""
 
 
 class RolloutSource(Protocol):
@@ -301,6 +303,18 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a run describes itself elsewhere."""
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Adapters that came later are not this trainer's; a league keeps them itself."""
+        configs = self.accelerator.unwrap_model(self.model).peft_config
+        everything = dict(configs)
+        for name in everything.keys() - set(self.adapter_names):
+            del configs[name]
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            configs.clear()
+            configs.update(everything)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.state.global_step % self.steps_per_iteration:
             raise TrainingError(
@@ -331,7 +345,11 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
 
     def _collect(self, iteration: int) -> Rollout:
         """One rollout."""
-        return self.source.collect(iteration)
+        rollout = self.source.collect(iteration)
+        for name in rollout.restarted:
+            for parameter in adapter_parameters(self.accelerator.unwrap_model(self.model), name):
+                self.optimizer.state.pop(parameter, None)
+        return rollout
 
     def _save_own(self, folder: Path) -> None:
         """What a checkpoint holds besides TRL's files."""

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from preconcert.agents import AgentSettings, ChannelSettings
 from preconcert.core import SpanKind
 from preconcert.models import LoraSettings, StarterSettings
-from preconcert.training.credit import AgentCredit, CreditSettings, RewardSettings
+from preconcert.training.credit import AgentCredit, CreditSettings, RewardMode, RewardSettings
 from preconcert.training.critic import CriticSettings
+from preconcert.training.league import LeagueSettings
 from preconcert.training.update import Order, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
 
@@ -82,6 +83,9 @@ class GRPOSettings(BaseModel):
     """Clip of the gradient's norm."""
     beta: float = Field(0.0, ge=0)
     """Weight of the KL term to the warm start."""
+    entropy: float = Field(0.0, ge=0)
+    """Weight of the mean entropy of the policy's tokens, in reward per token. Against other players it is what keeps
+    policies from chasing each other in circles."""
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
     """TRL's loss type."""
     temperature: float = Field(1.0, gt=0)
@@ -155,6 +159,9 @@ class Recipe(BaseModel):
     """The critic of `ppo`."""
     update: UpdateSettings = UpdateSettings()
     """Order of agents, level of the ratio, corrections and limits."""
+    league: LeagueSettings | None = None
+    """Who plays against whom where agents are opponents; null: the assigned adapters, all of them at present. With a
+    league all agents share one adapter."""
     keep_episodes: bool = True
     """Append every training episode to episodes.jsonl, some MB per iteration. A run resumes exactly either way."""
     evaluation: RunEvaluation = RunEvaluation()
@@ -172,6 +179,32 @@ class Recipe(BaseModel):
             if isinstance(grpo, Mapping) and "credit" not in grpo:
                 return {**given, "grpo": {**grpo, "credit": {"type": "gae"}}}
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_adapter_in_a_league(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("league") is not None and "adapters" not in given:
+            return {**given, "adapters": Adapters.SHARED}
+        return given
+
+    @model_validator(mode="after")
+    def _a_league_fits(self) -> Recipe:
+        if self.league is None:
+            return self
+        credit = self.grpo.credit
+        shared = self.adapters is Adapters.SHARED
+        if not shared and (isinstance(self.adapters, Adapters) or len(set(self.adapters.values())) > 1):
+            raise ValueError("a league has one main adapter: set adapters=shared")
+        if self.frozen:
+            raise ValueError("a league freezes its own adapters; frozen must be empty")
+        if self.grpo.rewards.mode is not RewardMode.INDIVIDUAL or credit.type == "joint":
+            raise ValueError(
+                "in a league opponents do not share rewards: set grpo.rewards.mode=individual and a credit other than "
+                "joint"
+            )
+        if credit.branches:
+            raise ValueError(f"grpo.credit={credit.type} branches off running games, which a league does not")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:

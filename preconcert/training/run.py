@@ -7,6 +7,7 @@ The run folder:
     adapters/NAME/        the trained adapters, peft format
     warm/NAME/            the adapters before reinforcement learning
     checkpoints/          TRL checkpoints, each with a completion marker
+    league/NAME@N/        adapters as they were after N iterations, where there is a league
     episodes.jsonl        every training episode
     log.jsonl             one line per iteration
     warm_start.json, gate.json, result.json   what each stage found; written when it is over
@@ -45,6 +46,7 @@ from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
+from preconcert.training.league import League, check_scripts, gather, learners_of
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
@@ -93,7 +95,8 @@ def train(
     assignment = assign(recipe, env)
     _check(recipe, env)
     prepare_folder(recipe, out, resume, rank)
-    trainable = tuple(n for n in dict.fromkeys(assignment.values()) if n not in recipe.frozen)
+    names = adapter_names(recipe, assignment)
+    trainable = tuple(name for name in names if name not in recipe.frozen)
     if (out / RESULT).is_file():
         reporter.say(f"{out} is finished")
         return out
@@ -106,7 +109,7 @@ def train(
         _gate(recipe, out, model, env, assignment, reporter, rank, world)
         _reinforce(recipe, out, model, env, assignment, trainable, reporter, rank, world)
     if rank == 0:
-        for name in dict.fromkeys(assignment.values()):
+        for name in names:
             model.save_adapter(name, out / "adapters" / name)
         write_json(out / RESULT, {"iterations": recipe.grpo.iterations, "seed": recipe.seed, "finished": True})
     return out
@@ -116,7 +119,7 @@ def assign(recipe: Recipe, env: Env) -> dict[str, str]:
     """Adapter by agent name.
 
     Raises:
-        ConfigError: an agent or a frozen adapter that does not exist.
+        ConfigError: an agent, a frozen adapter or a league's script that does not exist.
     """
     if recipe.adapters is Adapters.PER_AGENT:
         assignment = {agent: agent for agent in env.agents}
@@ -134,6 +137,10 @@ def assign(recipe: Recipe, env: Env) -> dict[str, str]:
     for name in recipe.frozen:
         if name not in assignment.values():
             raise UnknownNameError("adapter", name, sorted(set(assignment.values())))
+    if recipe.league is not None:
+        recipe.league.sides_of(env.agents)
+        check_scripts(env, recipe.league.scripts)
+        adapter_names(recipe, assignment)
     return assignment
 
 
@@ -146,6 +153,12 @@ def _check(recipe: Recipe, env: Env) -> None:
             f"update.order=sequential: grpo.minibatches={recipe.grpo.minibatches} is no multiple of the "
             f"{len(env.agents)} agents"
         )
+
+
+def adapter_names(recipe: Recipe, assignment: Mapping[str, str]) -> tuple[str, ...]:
+    """Every adapter that a run makes: those of its agents, and a league's."""
+    names = tuple(dict.fromkeys(assignment.values()))
+    return names if recipe.league is None else learners_of(recipe.league, names[0])
 
 
 def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> None:
@@ -219,7 +232,7 @@ def warm_start(
         return json.loads(marker.read_text())
     for name in ("warm", "base", _IMITATOR):
         shutil.rmtree(out / name, ignore_errors=True)
-    names = list(dict.fromkeys(assignment.values()))
+    names = adapter_names(recipe, assignment)
     basis = warm_basis(recipe)
     if cache is None:
         imitate(basis, out, env, names[0], reporter)
@@ -339,9 +352,12 @@ def _gate(
     _barrier(world)
     held = json.loads(marker.read_text())
     result = GateResult(held["success"], held["shuffled"], recipe.gate.min_gap, held["episodes"])
+    if result.success is None or result.shuffled is None:
+        reporter.say("gate: episodes have no success to judge the use of messages by")
+        return
     reporter.say(
         f"gate: warm start {result.success:.2f}, with shuffled messages {result.shuffled:.2f}, "
-        f"gap {result.gap:.2f} (needs {result.min_gap:.2f})"
+        f"gap {result.success - result.shuffled:.2f} (needs {result.min_gap:.2f})"
     )
     check_gate(result)
 
@@ -370,7 +386,10 @@ def _reinforce(
     critic = make_critic(recipe, out, model, env) if recipe.algorithm is Algorithm.PPO else None
     values = critic.values if critic is not None else None
     folder = out if recipe.keep_episodes else None
-    source = GameSource(recipe, team, table, frozenset(trainable), folder, rank, world, values=values)
+    league = make_league(recipe, out, model, env, team, rank, world) if recipe.league is not None else None
+    if league is not None and held is None:
+        league.clear()
+    source = GameSource(recipe, team, table, frozenset(trainable), folder, rank, world, values=values, league=league)
     reporter.stage("reinforcement learning", settings.iterations)
     reporter.advance(begin)
     reference = None
@@ -401,6 +420,17 @@ def _reinforce(
     )
     trainer.train(resume_from_checkpoint=str(held[0]) if held is not None else None)
     model.base.eval()
+
+
+def make_league(
+    recipe: Recipe, out: Path, model: TransformersModel, env: Env, team: GenerativeTeam, rank: int = 0, world: int = 1
+) -> League:
+    """The league that a recipe asks for, without a past."""
+    if recipe.league is None:
+        raise ConfigError("the recipe has no league")
+    main = next(iter(assign(recipe, env).values()))
+    exchange = gather if world > 1 else None
+    return League(recipe.league, env, model, team, main, out, recipe.seed, rank, exchange)
 
 
 def make_critic(recipe: Recipe, out: Path, model: TransformersModel, env: Env) -> Critic:
@@ -440,6 +470,7 @@ def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig
         epsilon=settings.clip_low,
         epsilon_high=settings.clip_high,
         beta=settings.beta,
+        entropy_coef=settings.entropy,
         loss_type=settings.loss,
         temperature=settings.temperature,
         max_completion_length=recipe.agent.max_tokens,
@@ -508,7 +539,8 @@ class _IterationLog(TrainerCallback):
         if self.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.reporter.advance(line["iteration"] + 1, f"success {logs.get('success', float('nan')):.2f}")
+        shown = "success" if "success" in logs else "return"
+        self.reporter.advance(line["iteration"] + 1, f"{shown} {logs[shown]:.2f}")
 
 
 def _keep_log_before(path: Path, iteration: int) -> None:

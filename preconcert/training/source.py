@@ -13,6 +13,7 @@ from preconcert.agents import GenerativeTeam
 from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
 from preconcert.training.credit import Values, ledger_of
 from preconcert.training.grpo import Rollout
+from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -37,6 +38,7 @@ class GameSource:
         world: number of processes; each plays whole groups.
         on_rollout: called with (iteration, episodes, metrics).
         values: a critic's estimates of a rollout, for credit estimators that need them.
+        league: who plays whom; None for the team's own assignment.
 
     Raises:
         ConfigError: the credit estimator needs values and there is nobody to give them, or rewards are scaled for an
@@ -54,6 +56,7 @@ class GameSource:
         world: int = 1,
         on_rollout: Callable[[int, list[Episode], dict[str, float]], None] | None = None,
         values: Callable[[Sequence[Episode]], Values] | None = None,
+        league: League | None = None,
     ) -> None:
         if recipe.grpo.credit.needs_values and values is None:
             raise ConfigError(f"grpo.credit={recipe.grpo.credit.type} needs a critic's values, and there is no critic")
@@ -65,6 +68,7 @@ class GameSource:
         self.rank, self.world = rank, world
         self.on_rollout = on_rollout
         self.values = values
+        self.league = league
         self.credit_state: dict[str, float] = {}
         self.settings = RowSettings(
             policy_spans=frozenset(recipe.grpo.policy_spans),
@@ -76,15 +80,19 @@ class GameSource:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next iteration needs to know of the ones before, as JSON takes it."""
-        return {"credit": dict(self.credit_state)}
+        state: dict[str, Any] = {"credit": dict(self.credit_state)}
+        return state if self.league is None else {**state, "league": self.league.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.credit_state = {str(name): float(value) for name, value in state["credit"].items()}
+        if self.league is not None:
+            self.league.load_state_dict(state["league"])
 
     def specs(self, iteration: int) -> list[EpisodeSpec]:
         """The episodes that this process plays."""
         recipe = self.recipe
+        casts = self.league.cast if self.league is not None else _no_cast
         return [
             EpisodeSpec(
                 recipe.task,
@@ -93,6 +101,7 @@ class GameSource:
                 "train",
                 sample,
                 iteration,
+                casts(iteration, number),
             )
             for number in range(recipe.grpo.seeds)
             if number % self.world == self.rank
@@ -103,6 +112,7 @@ class GameSource:
         """Play and build one iteration."""
         recipe = self.recipe
         started = time.perf_counter()
+        restarted = self.league.prepare(iteration) if self.league is not None else ()
         self.team.version = iteration
         self.team.temperature = recipe.grpo.temperature
         episodes = rollout(
@@ -114,14 +124,18 @@ class GameSource:
         stored = time.perf_counter()
         values = self.values(episodes) if self.values is not None and recipe.grpo.credit.needs_values else None
         valued = time.perf_counter()
-        credit = recipe.grpo.credit.estimate(ledger_of(episodes, recipe.grpo.rewards, values), self.credit_state)
+        credit = recipe.grpo.credit.estimate(
+            ledger_of(episodes, recipe.grpo.rewards, values, self.settings.trainable), self.credit_state
+        )
         self.credit_state = dict(credit.state)
         credited = time.perf_counter()
         rows = build_rows(episodes, credit.advantages, self.team, self.table, self.settings)
         policy_tokens = sum(int(row.policy.sum()) for row in rows)
-        if recipe.grpo.beta == 0.0 and recipe.grpo.loss == "dapo":
+        if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
             rng = np.random.default_rng(derive_seed(recipe.seed, "rows", iteration, self.rank))
             rows, policy_tokens = worth_training(rows, recipe.grpo.hindsight_fraction, rng)
+        elif recipe.grpo.entropy:  # forced turns have none
+            rows = [row for row in rows if row.policy.any() or (row.targets >= 0).any()] or rows[:1]
         found = measure(episodes, self.team.language, recipe.agent.spans)
         metrics: dict[str, float] = {
             name: float(value)
@@ -143,9 +157,15 @@ class GameSource:
             }.items()
             if value is not None
         }
+        if self.league is not None:
+            metrics |= self.league.record(episodes)
         if self.on_rollout is not None:
             self.on_rollout(iteration, episodes, metrics)
-        return Rollout(rows, metrics, policy_tokens, episodes, credit.returns)
+        return Rollout(rows, metrics, policy_tokens, episodes, credit.returns, restarted)
+
+
+def _no_cast(iteration: int, number: int) -> dict[str, str]:
+    return {}
 
 
 def record_name(rank: int) -> str:

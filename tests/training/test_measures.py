@@ -118,6 +118,7 @@ def test_the_gate_says_why_and_what_to_do() -> None:
     check_gate(GateResult(0.5, 0.3, 0.15, 100))
     check_gate(GateResult(0.3, 0.3, 0.0, 100))
     check_gate(GateResult(0.2, 0.3, 0.0, 100))  # without a minimum, chance cannot close it
+    check_gate(GateResult(None, None, 0.15, 100))  # nor can a task without success
     with pytest.raises(GateError) as raised:
         check_gate(GateResult(0.42, 0.37, 0.15, 100))
     text = str(raised.value)
