@@ -333,6 +333,42 @@ def diagnose(
 
 
 @app.command()
+def crossplay(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Finished runs of one task.", show_default=False)
+    ],
+    script: Annotated[
+        list[str] | None,
+        typer.Option("--script", help="A player of the task that plays too; all of its opponents if not given."),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Per pair and seating, where no exact figure is known.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the task instances and of every choice.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the files go; the first RUN if not given.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every past and present self, counter and script against every other: a table, a file and a heat map."""
+    from preconcert.config import load_run
+
+    with _quiet():
+        from preconcert.experiments.crossplay import cross_play, write_cross_play
+        from preconcert.experiments.terminal import ProgressReporter, crossplay_table
+
+        for run in runs:
+            load_run(run)
+        with ProgressReporter(_console(err=True), keep=False) as reporter:
+            found = cross_play(runs, script, episodes, seed, reporter)
+        files = write_cross_play(found, out or runs[0])
+    if as_json:
+        _print_json(found.to_json())
+        return
+    _console().print(crossplay_table(found))
+    for file in files:
+        print(file)
+
+
+@app.command()
 def experiment(
     name: Annotated[str, typer.Argument(help="Which one, e.g. credit.", show_default=False)],
     scale: Annotated[str, typer.Option(help="smoke (a minute), standard (two hours on two cores) or full.")] = "smoke",

@@ -144,6 +144,12 @@ class Kuhn(Task[KuhnParams, tuple[str, ...]]):
         """The card an agent holds."""
         return self._deal.cards[self._deal.order.index(agent)]
 
+    @staticmethod
+    def role(observation: Observation) -> str:
+        """The seat: agents change it from hand to hand."""
+        words = observation.text.split()
+        return words[words.index("seat") + 1]
+
     @property
     def _over(self) -> bool:
         return winnings(*self._deal.cards, self._state) is not None

@@ -181,6 +181,11 @@ class Task(ABC, Generic[ParamsT, StateT]):
     def _player(cls, kind: str) -> Player:
         """The `expert` or the `scripted` player."""
 
+    @staticmethod
+    def role(observation: Observation) -> str:
+        """What tells an agent's part in the game from the others', read from a view: its name, if nothing else does."""
+        return observation.agent
+
     def reset(self) -> Mapping[str, Observation]:
         """The first view of every agent."""
         if self._phase is not _Phase.FRESH:

@@ -1,7 +1,7 @@
 """Evaluation: a run's team, its warm start, the task's own players and the message controls on the same held-out seeds.
 
-Parts: `Arm` (who plays, and over which channel), `heldout_specs`, `Players` (a run's policies from one load of its
-model), `evaluate` and the `Evaluation` it returns.
+Parts: `Arm` (who plays, against whom, and over which channel), `heldout_specs`, `Players` (a run's policies from one
+load of its model), `evaluate` and the `Evaluation` it returns.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preconcert.agents import ChannelMode, ChannelSettings, GenerativeTeam
 from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
 from preconcert.envs import make_env, task_class
+from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
+from preconcert.training.league import FOLDER as LEAGUE
+from preconcert.training.league import Member
 from preconcert.training.measures import Measures, measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
-from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.rollout import SCRIPT, EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.run import assign, load_model, load_recipe_of, write_json
 
 FOLDER = "eval"
@@ -46,6 +51,8 @@ class Who(StrEnum):
     """The team before reinforcement learning."""
     TRAINED = "trained"
     """The team after it."""
+    POPULATION = "population"
+    """The main adapter and its past selves, drawn anew for each side of each game."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +63,16 @@ class Arm:
     who: Who
     channel: ChannelSettings
     greedy: bool = False
+    opponent: str | None = None
+    """One of the task's opponents, on all sides but one; the sides take turns. The figures are those of the one."""
 
     @property
     def title(self) -> str:
         """For people."""
+        if self.opponent is not None:
+            return f"{self.who.value} against {self.opponent}"
+        if self.who is Who.POPULATION:
+            return "trained and past selves"
         if self.who is Who.RANDOM:
             title = "random"
         elif self.who is Who.SCRIPTED:
@@ -78,6 +91,8 @@ class ArmResult:
     arm: Arm
     measures: Measures
     wall_s: float
+    worth: GameValue | None = None
+    """Of the strategy, exactly, where the game is small enough."""
 
     def figures(self) -> dict[str, Any]:
         """As plain values."""
@@ -87,6 +102,7 @@ class ArmResult:
             "greedy": self.arm.greedy,
             "channel": self.arm.channel.model_dump(mode="json"),
             **asdict(self.measures),
+            **({} if self.worth is None else _worth(self.worth)),
             "wall_s": self.wall_s,
         }
 
@@ -152,6 +168,59 @@ class Players:
         self.assignment = assign(recipe, self.env)
         self.model = load_model(recipe, run, run / adapters)
         self._warm = run / "warm"
+        self._league = run / LEAGUE
+        self.sides = sides_of(recipe, self.env)
+
+    def load_league(self) -> list[Member]:
+        """Load the snapshots of a league into the model; none where the run had no league."""
+        if not self._league.is_dir():
+            return []
+        members = sorted(
+            (Member.parse(path.name) for path in self._league.iterdir()), key=lambda each: (each.source, each.iteration)
+        )
+        for member in members:
+            if member.name not in self.model.adapters:
+                self.model.load_adapter(member.name, self._league / member.name)
+        return members
+
+    def population(self) -> list[str]:
+        """The main adapter's snapshots and, last, itself; itself alone without a league."""
+        main = next(iter(self.assignment.values()))
+        return [*(member.name for member in self.load_league() if member.source == main), main]
+
+    def cast(self, arm: Arm, specs: Sequence[EpisodeSpec]) -> tuple[list[EpisodeSpec], list[tuple[str, ...]] | None]:
+        """An arm's episodes, and which agents count; None for all."""
+        if arm.who is Who.POPULATION:
+            names = self.population()
+            found: list[EpisodeSpec] = []
+            for spec in specs:
+                rng = np.random.default_rng(derive_seed(spec.seed, "population"))
+                drawn = [names[int(rng.integers(len(names)))] for _ in self.sides]
+                cast = {a: player for side, player in zip(self.sides, drawn, strict=True) for a in side}
+                found.append(replace(spec, cast=cast))
+            return found, None
+        if arm.opponent is None:
+            return list(specs), None
+        watched = [self.sides[number % len(self.sides)] for number in range(len(specs))]
+        script = SCRIPT + arm.opponent
+        return [
+            replace(spec, cast={agent: script for agent in self.env.agents if agent not in mine})
+            for spec, mine in zip(specs, watched, strict=True)
+        ], watched
+
+    def worth(self, arm: Arm, game: ExactGame | None) -> GameValue | None:
+        """What an arm's strategy is worth, where that can be said."""
+        if game is None or arm.opponent is not None:
+            return None
+        strategy: Strategy | None
+        if arm.who in (Who.RANDOM, Who.SCRIPTED):
+            strategy = game.script(arm.who.value)
+        elif arm.who is Who.POPULATION:
+            team = self.team()
+            strategy = game.average([game.ask(team, name) for name in self.population()])
+        else:
+            strategy = game.ask(self.team(arm.greedy, arm.who is Who.WARM))
+        return None if strategy is None else game.worth(strategy)
 
     def team(self, greedy: bool = False, warm: bool = False) -> GenerativeTeam:
         """The trained team, or the warm start."""
@@ -210,7 +279,18 @@ def standard_arms(recipe: Recipe, env: Env) -> list[Arm]:
     if recipe.agent.spans.say and env.language.message and channel.mode is ChannelMode.ON:
         shuffled = channel.model_copy(update={"mode": ChannelMode.SHUFFLED})
         arms.append(Arm("trained-shuffled", Who.TRAINED, shuffled))
+    if recipe.league is not None:
+        arms.append(Arm(Who.POPULATION.value, Who.POPULATION, channel))
+    for name in getattr(env, "opponents", {}):
+        arms.append(Arm(f"trained-{name}", Who.TRAINED, channel, opponent=name))
     return arms
+
+
+def sides_of(recipe: Recipe, env: Env) -> tuple[tuple[str, ...], ...]:
+    """Who plays together, where agents are opponents: as the league says, or each for itself."""
+    if recipe.league is None:
+        return tuple((agent,) for agent in env.agents)
+    return recipe.league.sides_of(env.agents)
 
 
 def override_arms(held: ChannelSettings, asked: ChannelSettings) -> list[Arm]:
@@ -254,18 +334,22 @@ def evaluate(
     own = recipe.model_copy(update={"channel": held.channel})
     arms = standard_arms(own, players.env)
     extra = override_arms(held.channel, recipe.channel)
-    known = {(arm.who, arm.channel, arm.greedy): arm.name for arm in arms}
+    known = {(arm.who, arm.channel, arm.greedy): arm.name for arm in arms if arm.opponent is None}
     arms += [arm for arm in extra if (arm.who, arm.channel, arm.greedy) not in known]
     wanted = (Who.TRAINED, recipe.channel, greedy)
-    main = next(arm.name for arm in arms if (arm.who, arm.channel, arm.greedy) == wanted)
+    main = next(arm.name for arm in arms if arm.opponent is None and (arm.who, arm.channel, arm.greedy) == wanted)
     specs = heldout_specs(recipe, count, seed)
     results: list[ArmResult] = []
+    game = exact_game(recipe, players.sides)
+    role = getattr(players.env, "role", None)
     for arm in arms:
         reporter.stage(arm.title, count)
         started = time.perf_counter()
-        played = play(specs, players.policy(arm), arm.channel, seed, reporter)
+        cast, watched = players.cast(arm, specs)
+        played = play(cast, players.policy(arm), arm.channel, seed, reporter)
         wall = time.perf_counter() - started
-        results.append(ArmResult(arm, measure(played, players.env.language, recipe.agent.spans), wall))
+        measures = measure(played, players.env.language, recipe.agent.spans, role, watched)
+        results.append(ArmResult(arm, measures, wall, players.worth(arm, game)))
     found = Evaluation(
         run=str(run),
         task=recipe.task,
@@ -314,6 +398,16 @@ def saved_evaluation(run: Path) -> dict[str, Any] | None:
     return max(found, key=lambda each: (each[1]["episodes"], each[0]))[1] if found else None
 
 
+def _worth(found: GameValue) -> dict[str, Any]:
+    """The figures of an exact game; `first_seat_value` where there are seats."""
+    first = found.values.get("first")
+    return {
+        "exploitability": found.exploitability,
+        **({} if first is None else {"first_seat_value": first}),
+        "worth": asdict(found),
+    }
+
+
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
@@ -338,5 +432,5 @@ def _file_name(found: Evaluation, episodes: int | None, greedy: bool) -> str:
 
 __all__ = [
     "Arm", "ArmResult", "Evaluation", "Players", "Who", "differences", "evaluate", "heldout_specs",
-    "no_message_ceiling", "override_arms", "play", "saved_evaluation", "standard_arms",
+    "no_message_ceiling", "override_arms", "play", "saved_evaluation", "sides_of", "standard_arms",
 ]

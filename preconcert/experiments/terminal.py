@@ -24,7 +24,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from preconcert.experiments.crossplay import CrossPlay
 from preconcert.experiments.evaluation import Evaluation
+from preconcert.experiments.exact_games import GameValue
 from preconcert.experiments.page import Result
 from preconcert.experiments.replay import Frame, Replay, View
 from preconcert.experiments.schedule import Running
@@ -183,6 +185,12 @@ def arms_table(found: Evaluation) -> RenderableType:
     table.add_column("who plays", min_width=16, overflow="fold")
     table.add_column("success\n(95% interval)", justify="right")
     table.add_column("return", justify="right")
+    seats = any(len({f"{each:.2f}" for each in result.measures.returns.values()}) > 1 for result in found.arms)
+    exact = any(result.worth is not None for result in found.arms)
+    if seats:
+        table.add_column("by role", overflow="fold")
+    if exact:
+        table.add_column("exploitability\n(value)", justify="right")
     table.add_column("intends right\n(copy-last, chance)", justify="right")
     table.add_column("foresees right\n(copy-last)", justify="right")
     table.add_column("malformed", justify="right")
@@ -194,6 +202,8 @@ def arms_table(found: Evaluation) -> RenderableType:
             f"[bold]{title}[/bold]" if result.arm.name == found.main else title,
             success(measures),
             f"{measures.return_mean:.2f}",
+            *([", ".join(f"{name} {each:.2f}" for name, each in measures.returns.items())] if seats else []),
+            *([_worth(result.worth)] if exact else []),
             _rate(measures.intention_accuracy, measures.intention_copy_last, measures.intention_chance),
             _rate(measures.forecast_exact_match, measures.forecast_copy_last),
             f"{measures.malformed_rate:.1%}" if measures.generated_tokens else "–",
@@ -205,7 +215,40 @@ def arms_table(found: Evaluation) -> RenderableType:
         if ceiling is None
         else f"No team without messages can exceed a success of {ceiling:.3f} in expectation."
     )
-    return Group(table, Text(note, style="dim"))
+    notes = [Text(note, style="dim")]
+    if exact:
+        notes.append(Text("\n".join(_units(found)), style="dim"))
+    return Group(table, *notes)
+
+
+def _worth(found: GameValue | None) -> str:
+    return "–" if found is None else f"{found.exploitability:.3f} ({next(iter(found.values.values())):.3f})"
+
+
+def _units(found: Evaluation) -> list[str]:
+    """What exploitabilities are measured in, and how they were found."""
+    worth = next(result.worth for result in found.arms if result.worth is not None)
+    unit = "pots of two antes" if worth.unit == "pots" else "units of payoff"
+    lines = [f"Exploitability in {unit}, mean over the sides; in brackets what {next(iter(worth.values))!r} wins."]
+    if any(result.worth is not None and result.worth.samples is not None for result in found.arms):
+        lines.append("The teams' probabilities are counts of sampled turns: what follows from them is no exact figure.")
+    return lines
+
+
+def crossplay_table(found: CrossPlay) -> RenderableType:
+    """Rows against columns, and what each is worth where that is known."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
+    table.title = f"{found.task}: return of the row's side against the column's"
+    table.add_column("", overflow="fold")
+    for number in range(len(found.labels)):
+        table.add_column(str(number + 1), justify="right")
+    if found.worth:
+        table.add_column("exploitability", justify="right")
+    for row, label in enumerate(found.labels):
+        cells = [f"{value:.2f}" for value in found.returns[row]]
+        worth = [f"{found.worth[label].exploitability:.3f}"] if found.worth else []
+        table.add_row(f"{row + 1} {escape(label)}", *cells, *worth)
+    return table
 
 
 def success(measures: Measures) -> str:

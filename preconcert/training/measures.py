@@ -6,10 +6,11 @@ Every rate has its denominator beside it. A malformed turn counts as wrong in ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from preconcert.core import ConfigError, Episode, TaskLanguage, Turn
+from preconcert.core import ConfigError, Episode, Observation, TaskLanguage, Turn
 from preconcert.prompts import SpanSettings
 from preconcert.training.hindsight import reward_word
 
@@ -23,7 +24,7 @@ class Measures:
     success_ci95: tuple[float, float] | None
     """Wilson score interval."""
     return_mean: float
-    """Mean over episodes and agents of the undiscounted return."""
+    """Mean over episodes and agents of the undiscounted return; 0 where what one wins another loses."""
     steps_mean: float
     malformed_rate: float
     """Malformed turns among all turns that a model wrote."""
@@ -46,10 +47,25 @@ class Measures:
     message_tokens_per_turn: float
     generated_tokens: int
     """Completion tokens, forced ones included."""
+    returns: Mapping[str, float]
+    """Mean undiscounted return by role: the agent's name, or its seat where the task tells seats apart."""
 
 
-def measure(episodes: Sequence[Episode], language: TaskLanguage, spans: SpanSettings) -> Measures:
+def measure(
+    episodes: Sequence[Episode],
+    language: TaskLanguage,
+    spans: SpanSettings,
+    role: Callable[[Observation], str] | None = None,
+    watched: Sequence[Collection[str]] | None = None,
+) -> Measures:
     """All figures of a set of episodes.
+
+    Args:
+        episodes: finished ones.
+        language: the task's vocabularies.
+        spans: which predictions are asked for.
+        role: of an agent by its first view; None takes its name.
+        watched: per episode, the agents that count; None for all.
 
     Raises:
         ConfigError: there is no episode.
@@ -57,17 +73,25 @@ def measure(episodes: Sequence[Episode], language: TaskLanguage, spans: SpanSett
     if not episodes:
         raise ConfigError("there are no episodes to measure")
     judged = [episode.success for episode in episodes if episode.success is not None]
-    turns = [turn for e in episodes for t in e.trajectories.values() for turn in t.turns]
+    counted = [
+        (episode, agent)
+        for episode, agents in zip(episodes, watched or [e.trajectories.keys() for e in episodes], strict=True)
+        for agent in episode.trajectories
+        if agent in agents
+    ]
+    turns = [turn for episode, agent in counted for turn in episode.trajectories[agent].turns]
     written = [turn for turn in turns if turn.completion_ids]
     intentions = _Tally()
     forecasts = _Tally()
     rewards, ends = _Tally(), _Tally()
-    for episode in episodes:
-        for agent in episode.trajectories:
-            _count_intentions(episode, agent, spans, intentions)
-            _count_forecasts(episode, agent, language, spans, forecasts, rewards, ends)
+    paid: dict[str, list[float]] = defaultdict(list)
+    for episode, agent in counted:
+        _count_intentions(episode, agent, spans, intentions)
+        _count_forecasts(episode, agent, language, spans, forecasts, rewards, ends)
+        mine = episode.trajectories[agent]
+        paid[agent if role is None else role(mine.turns[0].observation)].append(mine.total_reward)
     said = [turn.message for turn in turns if turn.message is not None]
-    returns = [t.total_reward for e in episodes for t in e.trajectories.values()]
+    returns = [episode.trajectories[agent].total_reward for episode, agent in counted]
     return Measures(
         episodes=len(episodes),
         success_rate=sum(judged) / len(judged) if judged else None,
@@ -87,6 +111,7 @@ def measure(episodes: Sequence[Episode], language: TaskLanguage, spans: SpanSett
         message_bits_per_turn=sum(m.bits for m in said) / len(turns) if written and spans.say else None,
         message_tokens_per_turn=sum(m.tokens for m in said) / len(turns),
         generated_tokens=sum(len(turn.completion_ids) for turn in turns),
+        returns={name: sum(found) / len(found) for name, found in sorted(paid.items())},
     )
 
 
