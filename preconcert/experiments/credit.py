@@ -27,17 +27,15 @@ from preconcert.experiments.readings import Contrast, Readings, comparisons_tabl
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
 from preconcert.experiments.statistics import mean
 
+_PPO: Mapping[str, Any] = {"algorithm": "ppo", "grpo.credit": {"type": "gae", "gamma": 0.95}}
 ESTIMATORS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "global": ("global", {"grpo.credit": "global"}),
     "agent": ("agent-wise", {"grpo.credit": "agent"}),
     "turn": ("turn-level", {"grpo.credit": "turn"}),
     "agent-turn": ("agent × turn", {"grpo.credit": "agent-turn"}),
-    "ppo-central": ("PPO, central critic", {"algorithm": "ppo", "critic.context": "central"}),
-    "ppo-own": ("PPO, own-context critic", {"algorithm": "ppo", "critic.context": "own"}),
-    "ppo-sequential": (
-        "PPO, sequential",
-        {"algorithm": "ppo", "critic.context": "central", "update.order": "sequential"},
-    ),
+    "ppo-central": ("PPO, central critic", {**_PPO, "critic.context": "central"}),
+    "ppo-own": ("PPO, own-context critic", {**_PPO, "critic.context": "own"}),
+    "ppo-sequential": ("PPO, sequential", {**_PPO, "critic.context": "central", "update.order": "sequential"}),
 }
 """Title and overrides by name; `global` is what the others are held against."""
 ADAPTERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {

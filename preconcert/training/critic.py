@@ -59,9 +59,9 @@ class CriticSettings(BaseModel):
     """Where its weights are."""
     lr: float = Field(3e-3, gt=0)
     """AdamW's learning rate."""
-    epochs: int = Field(2, ge=1)
+    epochs: int = Field(4, ge=1)
     """Passes over each rollout."""
-    minibatches: int = Field(4, ge=1)
+    minibatches: int = Field(8, ge=1)
     """Optimiser steps per pass."""
     clip: float | None = Field(0.2, gt=0)
     """How far a value may move from the one at the rollout before it stops counting, in normalised units."""
