@@ -9,7 +9,10 @@ Each row of the table is one piece of the library (`ours`) beside a plain way of
 * generation: the same rollout, beside nothing but transformers' `generate` on the bare base with the same prompts and
   as many new tokens in the same batches, without adapters, grammar, parsing, channel or environment;
 * update: a step of the multi-agent GRPO trainer on rows of two adapters, beside forward and backward passes and an
-  optimiser step of the same tokens with one active adapter and cross-entropy; no hindsight in either.
+  optimiser step of the same tokens with one active adapter and cross-entropy; no hindsight in either;
+* PPO: two passes of the trainer over the rows of a rollout, a central critic's values of it and its own learning from
+  it, beside the two passes alone;
+* credit: from 4,096 finished turns to advantages, beside what playing and training on a turn takes.
 
 Times are medians of repetitions that take turns; peak memory is that of a fresh process that does one side once.
 """
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,8 @@ from preconcert.models import (
 from preconcert.models.decoding import sample
 from preconcert.prompts import starter_words
 from preconcert.training.batch import collate
-from preconcert.training.credit import estimate
+from preconcert.training.credit import TurnKey, estimate
+from preconcert.training.critic import Critic, CriticSettings
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 from preconcert.training.recipe import GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -62,6 +66,7 @@ from preconcert.training.source import GameSource
 TASK = "rendezvous"
 AGENTS = ("agent_0", "agent_1")
 RESULTS = Path(__file__).parent / "results"
+_CREDIT_TURNS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,8 @@ COMPARISONS = (
     Comparison("rollout / one agent at a time, no cache", "rollout", "one at a time", "turn", 4.0, True),
     Comparison("rollout / bare batched generation", "rollout", "bare generation", "turn", 0.6, True),
     Comparison("GRPO update / bare forward and backward", "update", "bare update", "step", 1.3, False),
+    Comparison("PPO update, critic included / GRPO update", "ppo", "grpo", "rollout", 1.8, False),
+    Comparison("credit / playing and training", "credit", "training", "turn", 0.02, False),
 )
 
 
@@ -168,6 +175,10 @@ class Bench:
             "bare generation": self.bare_generation,
             "update": self.update,
             "bare update": self.bare_update,
+            "grpo": self.grpo,
+            "ppo": self.ppo,
+            "credit": self.credit,
+            "training": self.training,
         }[name]
 
     def rollout(self) -> int:
@@ -209,6 +220,33 @@ class Bench:
         functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:]).backward()
         _step(optimizer)
         return 1
+
+    def grpo(self) -> int:
+        """Two passes over the rows of a rollout."""
+        self.update()
+        self.update()
+        return 1
+
+    def ppo(self) -> int:
+        """The same, and a critic that values the rollout and learns from it."""
+        critic, episodes, returns = self._critic
+        critic.values(episodes)
+        critic.fit(returns, 0)
+        return self.grpo()
+
+    def credit(self) -> int:
+        """From episodes to advantages, by the default estimator."""
+        estimate(self._many)
+        return _CREDIT_TURNS
+
+    def training(self) -> int:
+        """A rollout as large as the rows of an update, and two passes over those."""
+        turns = 0
+        while turns < self.scale.update_rows:
+            turns += self.rollout()
+        for _ in range(turns // self.scale.update_rows):
+            self.grpo()
+        return turns
 
     def check(self) -> None:
         """Both sides of the first comparison sample the same tokens, or it compares nothing."""
@@ -280,6 +318,24 @@ class Bench:
         trainer.current_gradient_accumulation_steps = 1
         trainer._buffered_inputs = [trainer._generate_and_score_completions(None)]
         return trainer, trainer.create_optimizer()
+
+    @cached_property
+    def _critic(self) -> tuple[Critic, list[Episode], dict[TurnKey, float]]:
+        need = -(-self.scale.update_rows // (len(AGENTS) * self.env.horizon * self.scale.group))
+        episodes = self._play(self.model, need, self.scale.group)
+        rng = np.random.default_rng(1)
+        returns = {key: float(rng.integers(2)) for key in estimate(episodes).advantages}
+        return Critic(self._load(AGENTS), self.env.agents, CriticSettings(), 0), episodes, returns
+
+    @cached_property
+    def _many(self) -> list[Episode]:
+        found: list[Episode] = []
+        turns = 0
+        while turns < _CREDIT_TURNS:
+            episodes = self._play(self.model, self.scale.seeds, self.scale.group)
+            found += [replace(episode, group=f"{episode.group}:{len(found)}") for episode in episodes]
+            turns += sum(len(t.turns) for e in episodes for t in e.trajectories.values())
+        return found
 
     @cached_property
     def _plain(self) -> tuple[Any, torch.optim.Optimizer, torch.Tensor, torch.Tensor, torch.Tensor]:
