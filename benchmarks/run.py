@@ -222,9 +222,9 @@ class Bench:
         return 1
 
     def grpo(self) -> int:
-        """Two passes over the rows of a rollout."""
-        self.update()
-        self.update()
+        """Two passes over the rows of a rollout, in minibatches of one step's rows."""
+        for _ in range(2 * self._minibatches):
+            self.update()
         return 1
 
     def ppo(self) -> int:
@@ -240,13 +240,9 @@ class Bench:
         return _CREDIT_TURNS
 
     def training(self) -> int:
-        """A rollout as large as the rows of an update, and two passes over those."""
-        turns = 0
-        while turns < self.scale.update_rows:
-            turns += self.rollout()
-        for _ in range(turns // self.scale.update_rows):
-            self.grpo()
-        return turns
+        """A rollout, and two passes over its rows."""
+        self.grpo()
+        return self.rollout()
 
     def check(self) -> None:
         """Both sides of the first comparison sample the same tokens, or it compares nothing."""
@@ -319,10 +315,14 @@ class Bench:
         trainer._buffered_inputs = [trainer._generate_and_score_completions(None)]
         return trainer, trainer.create_optimizer()
 
+    @property
+    def _minibatches(self) -> int:
+        """Of a whole rollout."""
+        return -(-self.scale.seeds * self.scale.group * self.env.horizon * len(AGENTS) // self.scale.update_rows)
+
     @cached_property
     def _critic(self) -> tuple[Critic, list[Episode], dict[TurnKey, float]]:
-        need = -(-self.scale.update_rows // (len(AGENTS) * self.env.horizon * self.scale.group))
-        episodes = self._play(self.model, need, self.scale.group)
+        episodes = self._play(self.model, self.scale.seeds, self.scale.group)
         rng = np.random.default_rng(1)
         returns = {key: float(rng.integers(2)) for key in estimate(episodes).advantages}
         return Critic(self._load(AGENTS), self.env.agents, CriticSettings(), 0), episodes, returns

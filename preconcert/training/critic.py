@@ -59,7 +59,7 @@ class CriticSettings(BaseModel):
     """Where its weights are."""
     lr: float = Field(3e-3, gt=0)
     """AdamW's learning rate."""
-    epochs: int = Field(4, ge=1)
+    epochs: int = Field(3, ge=1)
     """Passes over each rollout."""
     minibatches: int = Field(8, ge=1)
     """Optimiser steps per pass."""
