@@ -3,13 +3,15 @@
 A critic is an adapter and a linear head on the shared base, or a model of its own. It trains on returns and is never
 used when acting. Its parameters are disjoint from the policy's, so its update is a step of its own beside TRL's.
 
-Parts: `CriticSettings`, `CriticReader` (what is read for which turn), `ValueHead` (per-agent normalisation, PopArt) and
-`Critic`. Which returns it is fitted to is credit's business.
+Parts: `CriticSettings`, `CriticReader` (what is read for which turn), `ValueHead` (per-agent normalisation, PopArt),
+`value_losses`, `Critic`, and `Processes`, by which several fit one critic. Which returns it is fitted to is credit's
+business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -82,6 +84,8 @@ class Reading:
     ids: tuple[int, ...]
     places: tuple[tuple[int, int, TurnKey, int], ...]
     """(token whose hidden state is read, column of the head, turn, token of that turn's completion)."""
+    name: str
+    """Episode, step and agent: the same in every process and for any division of the work."""
 
 
 class CriticReader:
@@ -93,6 +97,7 @@ class CriticReader:
         context: whole truth or own prompt.
         acted: also read what earlier agents of the same step have done (values chained over agents).
         per_token: one value before each token of a completion, instead of one before the turn.
+        learners: the adapters whose turns need values; None for all.
     """
 
     def __init__(
@@ -102,12 +107,14 @@ class CriticReader:
         context: CriticContext,
         acted: bool = False,
         per_token: bool = False,
+        learners: Collection[str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.agents = tuple(agents)
         self.context = context
         self.acted = acted
         self.per_token = per_token
+        self.learners = learners
         self._ids: dict[str, tuple[int, ...]] = {}
 
     def read(self, episodes: Sequence[Episode]) -> list[Reading]:
@@ -120,22 +127,26 @@ class CriticReader:
                     f"the critic knows the agents {', '.join(self.agents)}, an episode has "
                     f"{', '.join(episode.trajectories)}"
                 )
-            # Scripted players are part of the world: their turns have no tokens and need no value.
-            writers = [
-                column
-                for column, agent in enumerate(self.agents)
-                if any(turn.completion_ids for turn in episode.trajectories[agent].turns)
-            ]
+            # Scripted players and frozen adapters are part of the world: their turns need no value.
+            writers = [column for column, agent in enumerate(self.agents) if self._learns(episode, agent)]
+            if not writers:
+                continue
             for index in range(episode.steps):
                 if together:
                     ids = self._truth(episode, index)
                     places = tuple(
                         (len(ids) - 1, column, TurnKey(position, self.agents[column], index), 0) for column in writers
                     )
-                    readings.append(Reading(ids, places))
+                    readings.append(Reading(ids, places, _name(episode, index)))
                 else:
                     readings += [self._alone(episode, position, index, column) for column in writers]
         return readings
+
+    def _learns(self, episode: Episode, agent: str) -> bool:
+        return any(
+            turn.completion_ids and (self.learners is None or turn.adapter in self.learners)
+            for turn in episode.trajectories[agent].turns
+        )
 
     def _alone(self, episode: Episode, position: int, index: int, column: int) -> Reading:
         agent = self.agents[column]
@@ -146,11 +157,11 @@ class CriticReader:
             ids += self._tokens(" ".join(done))
         if self.context is CriticContext.OWN or self.per_token:
             ids += turn.prompt_ids
-        key = TurnKey(position, agent, index)
+        key, name = TurnKey(position, agent, index), f"{_name(episode, index)}:{agent}"
         if not self.per_token:
-            return Reading(ids, ((len(ids) - 1, column, key, 0),))
+            return Reading(ids, ((len(ids) - 1, column, key, 0),), name)
         places = tuple((len(ids) - 1 + token, column, key, token) for token in range(len(turn.completion_ids)))
-        return Reading(ids + turn.completion_ids[:-1], places)
+        return Reading(ids + turn.completion_ids[:-1], places, name)
 
     def _truth(self, episode: Episode, index: int) -> tuple[int, ...]:
         held = {
@@ -170,6 +181,10 @@ class CriticReader:
                 self._ids.clear()
             self._ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._ids[text]
+
+
+def _name(episode: Episode, index: int) -> str:
+    return f"{episode.group}:{episode.iteration}:{episode.sample}:{index}"
 
 
 class ValueHead(nn.Module):
@@ -224,7 +239,7 @@ class ValueHead(nn.Module):
         """
         seen = count > 0
         n = count.clamp(min=1)
-        step = torch.where(seen, 1.0 - memory, 0.0)
+        step = seen.to(self.first.dtype) * (1.0 - memory)
         self.first += step * (total / n - self.first)
         self.second += step * (squares / n - self.second)
         self.weight_seen += step * (1.0 - self.weight_seen)
@@ -243,11 +258,16 @@ class _Encoder(Protocol):
     """Hidden states under the critic's weights."""
 
     width: int
+    net: Any
 
     @property
     def device(self) -> torch.device: ...
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
+
+    def open(self, rows: int) -> AbstractContextManager[Any]:
+        """Held during forward and backward passes over so many rows."""
+        ...
 
     def hidden(self, ids: Int[Tensor, "rows tokens"], mask: Int[Tensor, "rows tokens"]) -> Tensor: ...
 
@@ -256,9 +276,13 @@ class _SharedEncoder:
     """An adapter on the policy's base."""
 
     def __init__(self, model: TransformersModel, seed: int) -> None:
-        if ADAPTER not in model.adapters:
-            model.add_adapter(ADAPTER, seed)
+        if ADAPTER in model.adapters:
+            raise TrainingError(f"the critic's adapter is called {ADAPTER!r}, and the model has one of that name")
+        model.add_adapter(ADAPTER, seed)
+        for parameter in model.adapter_parameters(ADAPTER).values():
+            parameter.requires_grad_(False)
         self.model = model
+        self.net = model.base
         self.width = model.base.config.get_text_config().hidden_size
 
     @property
@@ -268,9 +292,11 @@ class _SharedEncoder:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.model.adapter_parameters(ADAPTER)
 
+    def open(self, rows: int) -> AbstractContextManager[Any]:
+        return route_rows(self.net, [ADAPTER] * rows)
+
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        with route_rows(self.model.base, [ADAPTER] * len(ids)):
-            return _last_hidden(self.model.base, ids, mask)
+        return _last_hidden(self.net, ids, mask)
 
 
 class _SeparateEncoder:
@@ -288,12 +314,39 @@ class _SeparateEncoder:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.net.base_model.named_parameters())
 
+    def open(self, rows: int) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         return _last_hidden(self.net, ids, mask)
 
 
 def _last_hidden(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+class Processes(Protocol):
+    """Those that fit one critic together."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all processes; the argument stays as it is."""
+        ...
+
+    def gather(self, numbers: Int[Tensor, " n"]) -> Int[Tensor, " all"]:
+        """Everyone's numbers, none of them negative, in any order."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Its own."""
+        return tensor
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Its own."""
+        return numbers
 
 
 @dataclass(slots=True)
@@ -316,7 +369,11 @@ class Critic:
         path: checkpoint of a `separate` critic's start.
         acted: see `CriticReader`.
         per_token: see `CriticReader`.
+        learners: see `CriticReader`.
         rows: sequences per forward pass without gradients.
+
+    Raises:
+        TrainingError: the model has an adapter of the critic's name, or a `separate` critic has nothing to start from.
     """
 
     def __init__(
@@ -328,13 +385,14 @@ class Critic:
         path: str | Path | None = None,
         acted: bool = False,
         per_token: bool = False,
+        learners: Collection[str] | None = None,
         rows: int = 256,
     ) -> None:
         self.settings = settings
         self.agents = tuple(agents)
         self.seed = seed
         self.rows = rows
-        self.reader = CriticReader(model.tokenizer, agents, settings.context, acted, per_token)
+        self.reader = CriticReader(model.tokenizer, agents, settings.context, acted, per_token, learners)
         self.encoder: _Encoder
         if settings.model is CriticModel.SHARED:
             self.encoder = _SharedEncoder(model, derive_seed(seed, ADAPTER))
@@ -355,10 +413,11 @@ class Critic:
         places = [place for reading in readings for place in reading.places]
         flat = torch.zeros(len(places), device=self.encoder.device)
         at = 0
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(self.encoder.net):
             for start in range(0, len(readings), self.rows):
                 part = readings[start : start + self.rows]
-                value, column = self._forward(part)
+                with self.encoder.open(len(part)):
+                    value, column = self._forward(part)
                 flat[at : at + len(value)] = self.head.raw(value, column)
                 at += len(value)
         found: dict[TurnKey, float | NDArray[np.float64]] = {}
@@ -377,7 +436,7 @@ class Critic:
         self,
         returns: Mapping[TurnKey, Any],
         iteration: int,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        processes: Processes | None = None,
     ) -> dict[str, float]:
         """Learn the returns of the rollout that `values` was last called on.
 
@@ -386,51 +445,47 @@ class Critic:
 
         Args:
             returns: per turn, or per token of it.
-            iteration: seeds the minibatches.
-            reduce: sums a tensor over all processes; None for one process.
+            iteration: seeds the minibatches, which do not depend on how the rollout is divided among processes.
+            processes: those that fit together; None for one alone.
 
         Returns:
-            `value_loss`, `explained_variance` (of the returns, before learning) and `critic_grad_norm`.
+            `value_loss`, `critic_grad_norm`, and of the returns before learning, `explained_variance/AGENT` for every
+            agent whose returns vary, with their mean `explained_variance`.
         """
         batch = self._batch
         if batch is None:
             raise TrainingError("the critic has read no rollout yet")
-        reduce = reduce or (lambda tensor: tensor)
-        s, device = self.settings, self.encoder.device
-        target_of = self._per_reading(batch, returns)
-        old_of = self._per_reading(batch, batch.values)
-        self._follow(batch, target_of, reduce)
-        found = {"explained_variance": self._explained(target_of, old_of, reduce)}
+        s, device, team = self.settings, self.encoder.device, processes or Alone()
+        targets = self._per_reading(batch, returns)
+        olds = self._per_reading(batch, batch.values)
+        self._follow(batch, targets, team)
+        found = self._explained(batch, targets, olds, team)
         parameters = [*self.encoder.parameters().values(), *self.head.parameters()]
         losses: list[float] = []
         norms: list[float] = []
-        rng = np.random.default_rng(derive_seed(self.seed, "minibatches", iteration))
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            for _ in range(s.epochs):
-                for chosen in np.array_split(rng.permutation(len(batch.readings)), s.minibatches):
-                    loss, count = torch.zeros((), device=device), 0
-                    if len(chosen):
-                        value, column = self._forward([batch.readings[i] for i in chosen])
-                        target = self.head.normalised(_cat(target_of, chosen, device), column)
-                        error = (value - target) ** 2
-                        if s.clip is not None:
-                            old = self.head.normalised(_cat(old_of, chosen, device), column)
-                            clipped = old + (value - old).clamp(-s.clip, s.clip)
-                            error = torch.maximum(error, (clipped - target) ** 2)
-                        loss, count = 0.5 * error.sum(), len(error)
-                    everything = float(reduce(torch.tensor(float(count), device=device)).clamp(min=1))
+            for epoch in range(s.epochs):
+                for chosen in self._minibatches(batch, (iteration, epoch), team):
+                    count = sum(len(targets[i]) for i in chosen)
+                    everything = float(team.sum(torch.tensor(float(count), device=device)).clamp(min=1))
+                    loss = torch.zeros((), device=device)
                     self.optimizer.zero_grad()
                     if count:
-                        (loss / everything).backward()
+                        with self.encoder.open(len(chosen)):
+                            value, column = self._forward([batch.readings[i] for i in chosen])
+                            target = self.head.normalised(_cat(targets, chosen, device), column)
+                            old = self.head.normalised(_cat(olds, chosen, device), column)
+                            loss = value_losses(value, old, target, s.clip).sum() / everything
+                            loss.backward()
                     for parameter in parameters:
                         if parameter.grad is None:
                             parameter.grad = torch.zeros_like(parameter)
-                        parameter.grad = reduce(parameter.grad)
+                        parameter.grad = team.sum(parameter.grad)
                     norms.append(float(nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)))
                     self.optimizer.step()
-                    losses.append(float(reduce(loss.detach().clone())) / everything)
+                    losses.append(float(team.sum(loss.detach())))
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -475,44 +530,79 @@ class Critic:
         values = self.head(hidden[torch.tensor(rows, device=device), torch.tensor(tokens, device=device)])
         return values.gather(1, column[:, None])[:, 0], column
 
-    def _per_reading(self, batch: _Batch, numbers: Mapping[TurnKey, Any]) -> list[list[tuple[int, float]]]:
-        """(column, number) of every place, by reading."""
+    def _per_reading(self, batch: _Batch, numbers: Mapping[TurnKey, Any]) -> list[NDArray[np.float64]]:
+        """The number of every place, by reading."""
         try:
             return [
-                [
-                    (column, float(numbers[key][token] if self.reader.per_token else numbers[key]))
-                    for _, column, key, token in reading.places
-                ]
-                for reading in batch.readings
+                np.array(
+                    [numbers[key][token] if self.reader.per_token else numbers[key] for _, _, key, token in r.places],
+                    dtype=np.float64,
+                )
+                for r in batch.readings
             ]
         except KeyError as error:
             raise TrainingError(f"credit gave no return for {error.args[0]}") from None
 
-    def _follow(self, batch: _Batch, target_of: list[list[tuple[int, float]]], reduce: Any) -> None:
-        if not self.settings.normalise:
-            return
-        sums = torch.zeros(3, len(self.agents), dtype=torch.float64, device=self.encoder.device)
-        flat = [pair for pairs in target_of for pair in pairs]
-        column = torch.tensor([c for c, _ in flat], device=sums.device)
-        number = torch.tensor([n for _, n in flat], dtype=torch.float64, device=sums.device)
-        for row, values in enumerate((torch.ones_like(number), number, number**2)):
-            sums[row].index_add_(0, column, values)
-        count, total, squares = reduce(sums)
-        self.head.follow(count, total, squares, self.settings.memory)
+    def _minibatches(self, batch: _Batch, seeds: tuple[int, int], team: Processes) -> list[list[int]]:
+        """This process's part of each minibatch: all readings in an order drawn by their names, cut evenly."""
+        drawn = [derive_seed(self.seed, "minibatches", *seeds, reading.name) for reading in batch.readings]
+        everyone = np.sort(team.gather(torch.tensor(drawn, device=self.encoder.device)).cpu().numpy())
+        places = np.searchsorted(everyone, np.array(drawn))
+        order = np.argsort(places, kind="stable")
+        number = places * self.settings.minibatches // max(len(everyone), 1)
+        return [[int(i) for i in order if number[i] == part] for part in range(self.settings.minibatches)]
 
-    def _explained(self, target_of: Any, old_of: Any, reduce: Any) -> float:
-        """1 − Var(R − V) / Var(R), each agent's variance about its own mean; 0 where the returns do not vary."""
-        sums = torch.zeros(5, len(self.agents), dtype=torch.float64)
-        for targets, olds in zip(target_of, old_of, strict=True):
-            for (column, target), (_, old) in zip(targets, olds, strict=True):
-                error = target - old
-                sums[:, column] += torch.tensor([1.0, target, target**2, error, error**2], dtype=torch.float64)
-        n, target, target2, error, error2 = reduce(sums.to(self.encoder.device)).cpu()
-        n = n.clamp(min=1)
-        variance = (target2 / n - (target / n) ** 2).sum()
-        rest = (error2 / n - (error / n) ** 2).sum()
-        return float(1 - rest / variance) if variance > 1e-8 else 0.0
+    def _follow(self, batch: _Batch, targets: list[NDArray[np.float64]], team: Processes) -> None:
+        if self.settings.normalise:
+            number = np.concatenate([*targets, np.zeros(0)])
+            count, total, squares = self._sums(batch, (np.ones_like(number), number, number**2), team)
+            self.head.follow(count, total, squares, self.settings.memory)
+
+    def _explained(
+        self, batch: _Batch, targets: list[NDArray[np.float64]], olds: list[NDArray[np.float64]], team: Processes
+    ) -> dict[str, float]:
+        """1 − Var(R − V) / Var(R) of each agent, about its own means."""
+        target, old = (np.concatenate([*numbers, np.zeros(0)]) for numbers in (targets, olds))
+        error = target - old
+        sums = self._sums(batch, (np.ones_like(target), target, target**2, error, error**2), team).cpu().numpy()
+        mean, mean2, rest, rest2 = sums[1:] / sums[0].clip(min=1)
+        variance, left = mean2 - mean**2, rest2 - rest**2
+        found = {
+            agent: float(1 - left[column] / variance[column])
+            for column, agent in enumerate(self.agents)
+            if variance[column] > 1e-9 * max(1.0, float(mean2[column]))
+        }
+        overall = float(np.mean(list(found.values()))) if found else 0.0
+        return {"explained_variance": overall, **{f"explained_variance/{agent}": v for agent, v in found.items()}}
+
+    def _sums(self, batch: _Batch, numbers: Sequence[NDArray[np.float64]], team: Processes) -> Tensor:
+        """Each row of numbers (one per place) summed by agent over all processes."""
+        columns = np.array([column for r in batch.readings for _, column, _, _ in r.places], dtype=np.int64)
+        sums = np.stack([np.bincount(columns, row, len(self.agents)) for row in numbers])
+        return team.sum(torch.from_numpy(sums).to(self.encoder.device))
 
 
-def _cat(pairs: list[list[tuple[int, float]]], chosen: NDArray[np.intp], device: torch.device) -> Tensor:
-    return torch.tensor([number for i in chosen for _, number in pairs[i]], dtype=torch.float32, device=device)
+def value_losses(
+    value: Float[Tensor, " n"], old: Float[Tensor, " n"], target: Float[Tensor, " n"], clip: float | None
+) -> Float[Tensor, " n"]:
+    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²); without ε, ½ (V − R)²."""
+    error = (value - target) ** 2
+    if clip is not None:
+        error = torch.maximum(error, (old + (value - old).clamp(-clip, clip) - target) ** 2)
+    return 0.5 * error
+
+
+@contextmanager
+def _without_dropout(net: nn.Module) -> Iterator[None]:
+    training = [module for module in net.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _cat(numbers: Sequence[NDArray[np.float64]], chosen: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(np.concatenate([numbers[i] for i in chosen]), dtype=torch.float32, device=device)

@@ -12,8 +12,10 @@ This file holds every override, and nothing else relies on TRL's insides:
 * checkpoints hold every adapter and the source's state, and end with a marker, so that a torn one is never resumed
   from.
 
-What is logged besides TRL's figures: `approx_kl`, `sampler_mismatch`, `skipped_steps`, and for every trained adapter
-`gradient_norm/NAME` and `gradient_share/NAME` (its share of the squared norm).
+What is logged besides TRL's figures: `approx_kl`, `sampler_mismatch`, `skipped_steps`, `trained_tokens/SPAN`, and for
+every trained adapter `gradient_norm/NAME` and `gradient_share/NAME` (its share of the squared norm, summed over an
+iteration's steps). Where agents share an adapter, `gradient_share/AGENT` says whose part of it that is.
+`gradient_norm/largest` is the largest gradient of an iteration's steps, before it is clipped.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +39,7 @@ from preconcert.core import Episode, TrainingError, derive_seed
 from preconcert.models import AdapterRoute, add_constrained_head
 from preconcert.training.batch import collate
 from preconcert.training.credit import Number, TurnKey
-from preconcert.training.rows import GrammarTable, Row
+from preconcert.training.rows import GrammarTable, Row, trained_tokens
 from preconcert.training.update import (
     Order,
     RatioLevel,
@@ -46,6 +49,7 @@ from preconcert.training.update import (
     compounding,
     importance_weights,
     turn_level,
+    turn_weights,
 )
 
 MARKER = "complete.json"
@@ -93,7 +97,8 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         reference: adapter whose distribution the KL term (`args.beta`) refers to; None for the bare base.
         callbacks: as in transformers.
         update: order of agents, level of the ratio, corrections and limits.
-        agents: every agent whose rows may be trained; needed for a sequential update.
+        agents: every agent whose rows may be trained; needed for a sequential update, and to tell apart the gradients
+            of agents that share an adapter.
 
     Raises:
         TrainingError: an adapter to be trained does not exist, or the update does not fit the other settings.
@@ -130,6 +135,10 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
                 raise TrainingError("a sequential update takes one optimiser step per minibatch: set accumulate=1")
         if self.update.ratio is RatioLevel.SEQUENCE:
             args.importance_sampling_level = "sequence"
+        if self.update.dual_clip is not None and self.update.dual_clip <= 1 + args.epsilon_high:
+            raise TrainingError(
+                f"dual_clip={self.update.dual_clip:g} is not above the ratio's upper clip, {1 + args.epsilon_high:g}"
+            )
         args.delta = self.update.dual_clip
         self.adapter_names = sorted(model.peft_config)
         for name in trainable:
@@ -145,9 +154,16 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         self._logps: torch.Tensor | None = None
         self._table_tensors: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._schedule: list[tuple[str, dict[str, Any]]] = []
+        self._owned: dict[str, list[str]] = {}
         self._log_factor = torch.zeros(0)
         self._stopped = False
         self._raw_logps: torch.Tensor | None = None
+        self._skipped: set[int] = set()
+        self._squares: defaultdict[str, float] = defaultdict(float)
+        self._squares_by_agent: defaultdict[str, float] = defaultdict(float)
+        self._largest = 0.0
+        self._only: torch.Tensor | None = None
+        self._to_take_apart: dict[str, Any] | None = None
         set_trainable(model, self.trainable)
         rows = args.generation_batch_size
         assert rows is not None
@@ -201,8 +217,15 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             batch["ref_per_token_logps"] = self._logps_of(batch, self.reference)
         if self.update.correction is not None:
             self._correct(batch, self.update.correction)
+        if self.update.ratio is RatioLevel.TURN and self.loss_type == "grpo":
+            # A mean over a row's tokens would let long turns dominate; every turn of a row counts the same.
+            batch["advantages"] = batch["advantages"] * turn_weights(_policy_mask(batch), batch["joint"])
         for name, value in rollout.metrics.items():
             self._metrics["train"][name].append(value)
+        counts = trained_tokens(rollout.rows)
+        totals = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), reduction="sum")
+        for name, total in zip(counts, totals.tolist(), strict=True):
+            self._metrics["train"][f"trained_tokens/{name}"].append(total)
         self.state.num_input_tokens_seen += int(batch["completion_mask"].sum())
         return batch
 
@@ -221,10 +244,13 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         return piece
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self._only is None and self._due():
+            self._to_take_apart = inputs
         self._present = inputs
         self._open_route([self.adapter_names[i] for i in inputs["adapter"].tolist()])
         loss = super()._compute_loss(model, inputs)
-        self._watch(inputs)
+        if self._only is None:
+            self._watch(inputs)
         if self.loss_type in ("grpo", "dr_grpo"):
             # These are means over rows, and a row without a policy token is none.
             counted = inputs["tool_mask"].any(dim=1).sum().clamp(min=1)
@@ -267,32 +293,37 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             temperature=self.temperature,
             target_ids=present["target_ids"] if self.hindsight_weight else None,
         )
-        self._logps = output.target_logprobs
-        self._raw_logps = output.logprobs
-        logps = output.logprobs
+        logps, entropy = self._own(output.logprobs), self._own(output.entropy)
+        self._logps = None if output.target_logprobs is None else self._own(output.target_logprobs)
+        self._raw_logps = logps
         if self.update.ratio is RatioLevel.TURN:
-            mask = (present["tool_mask"] * present["completion_mask"]).bool()
-            logps = turn_level(logps, present["old_per_token_logps"], mask, present["joint"])
-        return logps, output.entropy, None
+            logps = turn_level(logps, present["old_per_token_logps"], _policy_mask(present), present["joint"])
+        return logps, entropy, None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; the adapter route is closed after the backward pass."""
-        if self._stopped and self._place and not self._next_agent():
-            self._metrics["train"]["skipped_steps"].append(1.0)
+        place = self._place
+        if self._stopped and place and not self._next_agent():
+            self._skipped.add(place // self.current_gradient_accumulation_steps)
             self._step += 1
-            return torch.zeros((), device=self.accelerator.device)
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._close_route()
-            self._present = self._logps = self._raw_logps = None
-        if self.update.kl_stop is not None:
-            self._metrics["train"]["skipped_steps"].append(float(self._stopped))
-        if self._stopped:
-            # Without gradients the optimiser leaves every weight and every moment alone.
-            self.model.zero_grad(set_to_none=True)
-            return torch.zeros_like(loss)
-        self._log_gradients()
+            loss = torch.zeros((), device=self.accelerator.device)
+        else:
+            try:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                if self._to_take_apart is not None:
+                    self._take_apart(self._to_take_apart)
+            finally:
+                self._close_route()
+                self._present = self._logps = self._raw_logps = self._to_take_apart = None
+            if self._stopped:
+                # Without gradients the optimiser leaves every weight and every moment alone.
+                self.model.zero_grad(set_to_none=True)
+                self._skipped.add(place // self.current_gradient_accumulation_steps)
+                loss = torch.zeros_like(loss)
+            else:
+                self._note_gradients(place)
+        if self._place == 0:
+            self._log_iteration()
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -367,14 +398,35 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         parts = self.args.steps_per_generation // len(self.agents)
         steps = int(batch["joint"].max()) + 1
         self._log_factor = torch.zeros(max(steps, 1), dtype=torch.float64, device=batch["joint"].device)
+        everyone = [batch["agent"] == number for number in range(len(self.agents))]
+        tokens = torch.stack([_policy_mask(batch)[rows].sum() for rows in everyone])
+        targets = torch.stack([(batch["target_ids"][rows] >= 0).sum() for rows in everyone])
+        # The loss is divided by all tokens of an iteration, spread over its minibatches. An agent's own minibatches
+        # are to be divided by its own tokens.
+        items = self.accelerator.reduce(torch.stack([tokens, targets]), reduction="sum") * len(self.agents)
+        # TRL gathers one figure per row from all processes, so that theirs must be as many.
+        counts = self.accelerator.gather(torch.stack([rows.sum() for rows in everyone])).view(-1, len(self.agents))
+        most = counts.amax(dim=0).clamp(min=parts).tolist()
+        adapters = len(self.adapter_names)
+        used = torch.stack([batch["adapter"][rows].bincount(minlength=adapters) for rows in everyone])
+        used = self.accelerator.reduce(used, reduction="sum")
+        self._owned = {
+            agent: [name for name, count in zip(self.adapter_names, counts, strict=True) if count]
+            for agent, counts in zip(self.agents, used.tolist(), strict=True)
+        }
         self._schedule = []
         for agent in order:
-            mine = (batch["agent"] == self.agents.index(agent)).nonzero()[:, 0]
+            number = self.agents.index(agent)
+            batch["num_items_in_batch"], batch["hindsight_items"] = items[0, number], items[1, number]
+            mine = everyone[number].nonzero()[:, 0]
             generator = torch.Generator().manual_seed(derive_seed(self.args.seed, agent, self.iteration) % 2**63)
             mine = mine[torch.randperm(len(mine), generator=generator).to(mine.device)]
+            silent = (mine if len(mine) else mine.new_zeros(1)).repeat(most[number])
+            places = torch.cat([mine, silent[: most[number] - len(mine)]])
+            heard = torch.arange(len(places), device=places.device) < len(mine)
             pieces = [
-                {k: v[i] if v.ndim else v for k, v in batch.items()} if len(i) else _nothing(batch)
-                for i in mine.tensor_split(parts)
+                _piece(batch, i, on)
+                for i, on in zip(places.tensor_split(parts), heard.tensor_split(parts), strict=True)
             ]
             self._schedule += [(agent, piece) for _ in range(self.num_iterations) for piece in pieces]
 
@@ -382,9 +434,10 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         """The next agent's advantages are multiplied by the ratios of those updated before it."""
         done = list({id(p): p for name, p in self._schedule if name == before}.values())
         for piece in done:
-            mask = (piece["tool_mask"] * piece["completion_mask"]).bool()
             logps = self._logps_of(piece, None, own=True)
-            self._log_factor = compounding(self._log_factor, logps, piece["old_per_token_logps"], mask, piece["joint"])
+            self._log_factor = compounding(
+                self._log_factor, logps, piece["old_per_token_logps"], _policy_mask(piece), piece["joint"]
+            )
         limit = math.log(self.update.compound_clip)
         factor = self._log_factor.clamp(-limit, limit).exp().float()
         for piece in {id(p): p for name, p in self._schedule if name == agent}.values():
@@ -402,38 +455,112 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
     def _watch(self, inputs: dict[str, Any]) -> None:
         """How far the policy is from the one that sampled, before this step."""
         assert self._raw_logps is not None
-        mask = (inputs["tool_mask"] * inputs["completion_mask"]).bool()
-        old = inputs["old_per_token_logps"]
+        mask, old = _policy_mask(inputs), inputs["old_per_token_logps"]
         totals = self.accelerator.reduce(torch.stack(approximate_kl(self._raw_logps, old, mask)), reduction="sum")
         kl = float(totals[0] / totals[1].clamp(min=1))
         self._metrics["train"]["approx_kl"].append(kl)
         if self._place == 0 and self.update.correction is None:
-            self._metrics["train"]["sampler_mismatch"].append(_mean_difference(self._raw_logps, old, mask))
+            self._metrics["train"]["sampler_mismatch"].append(self._mean_difference(self._raw_logps, old, mask))
         if self.update.kl_stop is not None and kl > self.update.kl_stop:
             self._stopped = True
 
     def _correct(self, batch: dict[str, Any], cap: float) -> None:
         """Truncated importance weights for what the sampler did differently; ratios then refer to the trainer."""
-        mask = (batch["tool_mask"] * batch["completion_mask"]).bool()
-        sampled = batch["old_per_token_logps"]
+        mask, sampled = _policy_mask(batch), batch["old_per_token_logps"]
         mine = torch.where(mask, self._logps_of(batch, None, own=True), torch.zeros_like(sampled))
         weights = importance_weights(mine, sampled, mask, cap)
         batch["advantages"] = batch["advantages"] * weights
         batch["old_per_token_logps"] = mine
-        self._metrics["train"]["sampler_mismatch"].append(_mean_difference(mine, sampled, mask))
+        self._metrics["train"]["sampler_mismatch"].append(self._mean_difference(mine, sampled, mask))
         self._metrics["train"]["sampler_weight"].append(float(weights[mask].mean()) if mask.any() else 1.0)
 
+    def _mean_difference(self, one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean absolute difference over the tokens of all processes; 0 without any."""
+        difference = torch.where(mask, (one - other).abs(), 0.0).sum()
+        totals = self.accelerator.reduce(torch.stack([difference, mask.sum().to(difference.dtype)]), reduction="sum")
+        return float(totals[0] / totals[1].clamp(min=1))
+
     @torch.no_grad()
-    def _log_gradients(self) -> None:
-        squares = {
-            name: float(sum(p.grad.double().pow(2).sum() for p in parameters if p.grad is not None))
-            for name in self.trainable
-            if (parameters := adapter_parameters(self.accelerator.unwrap_model(self.model), name))
-        }
+    def _note_gradients(self, place: int) -> None:
+        """Their size, before clipping; in a sequential update, only the slot's own agent has any."""
+        slot = self._schedule[place][0] if self.update.order is Order.SEQUENTIAL else None
+        model = self.accelerator.unwrap_model(self.model)
+        if slot is not None:
+            own = {id(p) for name in self._owned[slot] for p in adapter_parameters(model, name)}
+            for parameter in model.parameters():
+                if id(parameter) not in own:
+                    # A gradient of zeros is no gradient, but Adam's momentum would go on moving the weights.
+                    parameter.grad = None
+        if self._step % self.current_gradient_accumulation_steps:
+            return
+        everything = 0.0
+        for name in self.trainable:
+            gradients = [p.grad for p in adapter_parameters(model, name) if p.grad is not None]
+            if gradients:
+                square = float(sum(gradient.double().pow(2).sum() for gradient in gradients))
+                self._metrics["train"][f"gradient_norm/{name}"].append(math.sqrt(square))
+                self._squares[name] += square
+                everything += square
+                if slot is not None:
+                    self._squares_by_agent[slot] += square
+        self._largest = max(self._largest, everything)
+
+    def _log_iteration(self) -> None:
+        """What is known only when the iteration's last step is over."""
+        if self.update.kl_stop is not None:
+            self._metrics["train"]["skipped_steps"].append(float(len(self._skipped)))
+        self._skipped.clear()
+        self._metrics["train"]["gradient_norm/largest"].append(math.sqrt(self._largest))
+        self._largest = 0.0
+        adapters = [name for name in self.trainable if not (self._shared and name in self.agents)]
+        self._log_shares({name: self._squares[name] for name in adapters})
+        if self._shared and self._squares_by_agent:
+            self._log_shares({agent: self._squares_by_agent[agent] for agent in self.agents})
+        self._squares.clear()
+        self._squares_by_agent.clear()
+
+    def _log_shares(self, squares: Mapping[str, float]) -> None:
         total = sum(squares.values())
         for name, square in squares.items():
-            self._metrics["train"][f"gradient_norm/{name}"].append(math.sqrt(square))
             self._metrics["train"][f"gradient_share/{name}"].append(square / total if total else 0.0)
+
+    @property
+    def _shared(self) -> bool:
+        """Do agents share an adapter?"""
+        return len(self.agents) > len(self.trainable)
+
+    def _due(self) -> bool:
+        """Is this the minibatch whose gradient is taken apart by agent?"""
+        every = self.update.share_every
+        wanted = self._shared and self.update.order is Order.SIMULTANEOUS and every > 0
+        return wanted and self._place == 0 and self.iteration % every == 0
+
+    def _own(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The same, with a gradient in the chosen rows only: over all choices, gradients sum to the whole."""
+        if self._only is None:
+            return numbers
+        return torch.where(self._only[:, None], numbers, numbers.detach())
+
+    def _take_apart(self, inputs: dict[str, Any]) -> None:
+        """Each agent's part of the gradient, by a pass of its own that leaves gradients, metrics and randomness alone.
+
+        The passes go through the bare model, so that processes' gradients are not averaged behind their backs.
+        """
+        parameters = [p for name in self.trainable for p in adapter_parameters(self.model, name)]
+        held, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        try:
+            with torch.random.fork_rng():
+                for number, agent in enumerate(self.agents):
+                    self._only = inputs["agent"] == number
+                    with self.compute_loss_context_manager():
+                        loss = self._compute_loss(self.model, inputs)
+                    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+                    flat = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), reduction="sum")
+                    self._squares_by_agent[agent] = float(flat.double().pow(2).sum())
+        finally:
+            self._only = None
+            self._metrics["train"] = held
 
     def _open_route(self, names: Sequence[str | None]) -> None:
         self._close_route()
@@ -494,16 +621,17 @@ def adapter_parameters(model: PeftModel, adapter: str) -> list[torch.nn.Paramete
     return [p for name, p in model.named_parameters() if f".{adapter}." in name and "lora_" in name]
 
 
-def _nothing(batch: dict[str, Any]) -> dict[str, Any]:
-    """A minibatch of one row that carries no loss."""
-    piece = {k: v[:1].clone() if v.ndim else v for k, v in batch.items()}
-    piece["tool_mask"].zero_()
-    piece["target_ids"].fill_(-1)
+def _piece(batch: Mapping[str, torch.Tensor], places: torch.Tensor, heard: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Some rows of a batch; those that are not to be heard carry no loss."""
+    piece = {name: value[places] if value.ndim else value for name, value in batch.items()}
+    piece["tool_mask"] = piece["tool_mask"] * heard[:, None]
+    piece["target_ids"] = torch.where(heard[:, None], piece["target_ids"], -1)
     return piece
 
 
-def _mean_difference(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> float:
-    return float((one - other).abs()[mask].mean()) if mask.any() else 0.0
+def _policy_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens of the policy loss."""
+    return (batch["tool_mask"] * batch["completion_mask"]).bool()
 
 
 def write_marker(folder: Path, step: int, iteration: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from preconcert.core import TrainingError
 from preconcert.training.critic import Critic
@@ -20,6 +21,23 @@ from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 
 CRITIC_STATE = "critic.pt"
 """The critic in a checkpoint."""
+
+
+class _Together:
+    """All processes of a run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def gather(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Everyone's, however many each has."""
+        padded = self.accelerator.pad_across_processes(numbers, dim=0, pad_index=-1)
+        found = self.accelerator.gather(padded)
+        return found[found >= 0]
 
 
 class MultiAgentPPOTrainer(MultiAgentGRPOTrainer):
@@ -39,14 +57,11 @@ class MultiAgentPPOTrainer(MultiAgentGRPOTrainer):
         rollout = super()._collect(iteration)
         if rollout.returns is None:
             raise TrainingError("the rollout has no returns for the critic: its credit estimator uses no values")
-        found = self.critic.fit(rollout.returns, iteration, self._sum if self.accelerator.num_processes > 1 else None)
+        found = self.critic.fit(rollout.returns, iteration, _Together(self.accelerator))
         if iteration >= self.critic.settings.warmup_iterations:
             return replace(rollout, metrics={**rollout.metrics, **found})
         rows = [replace(row, advantages=np.zeros_like(row.advantages)) for row in rollout.rows]
         return replace(rollout, rows=rows, metrics={**rollout.metrics, **found})
-
-    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
 
     def _save_own(self, folder: Path) -> None:
         super()._save_own(folder)

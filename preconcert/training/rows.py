@@ -2,23 +2,26 @@
 
 Each row is a prompt and a completion with, per completion token, whether it carries loss, its advantage, its sampled
 log-probability, the grammar state it was chosen in, and, in prediction spans, the token that hindsight would have put
-there.
+there. `worth_training` and `trained_tokens` say which rows and which tokens move anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from preconcert.agents import Context, GenerativeTeam
-from preconcert.core import Episode, SpanKind, TrainingError, Turn
+from preconcert.core import Episode, SpanKind, TrainingError, Turn, derive_seed
 from preconcert.models import UNCONSTRAINED, grammar_table
 from preconcert.prompts import Automaton
 from preconcert.training.credit import Number, TurnKey
 from preconcert.training.hindsight import hindsight_content, true_slots
+
+KINDS = tuple(SpanKind)
+"""What the numbers in `Row.kinds` stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,14 @@ class Row:
     """Who wrote it."""
     joint: NDArray[np.int64]
     """Which step of which episode each token belongs to, numbered through the rollout; -1 for tokens of no turn."""
+    kinds: NDArray[np.int64]
+    """The span of each token, a position in `KINDS`; -1 outside of spans."""
+    name: str
+    """Episode, agent and turn: the same in every process and for any division of the work."""
 
     def __post_init__(self) -> None:
         n = len(self.completion_ids)
-        for name in ("policy", "targets", "logprobs", "advantages", "allowed", "joint"):
+        for name in ("policy", "targets", "logprobs", "advantages", "allowed", "joint", "kinds"):
             length = len(getattr(self, name))
             if length != n:
                 raise TrainingError(f"{name} has {length} entries for {n} completion tokens")
@@ -165,6 +172,9 @@ def _turn_row(
     if settings.hindsight and not turn.malformed:
         targets = _targets(episode, agent, index, others, team, settings.bind_action)
     assert turn.adapter is not None
+    kinds = np.full(n, -1, dtype=np.int64)
+    for span in turn.spans:
+        kinds[span.start : span.end] = KINDS.index(span.kind)
     return Row(
         adapter=turn.adapter,
         prompt_ids=turn.prompt_ids,
@@ -176,6 +186,8 @@ def _turn_row(
         allowed=allowed,
         agent=agent,
         joint=np.full(n, joint, dtype=np.int64),
+        kinds=kinds,
+        name=f"{episode.group}:{episode.iteration}:{episode.sample}:{agent}:{index}",
     )
 
 
@@ -228,7 +240,7 @@ def _transcript_row(parts: Sequence[Row]) -> Row:
     policy = np.zeros(n, dtype=bool)
     logprobs, advantages = np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
     allowed = np.full(n, UNCONSTRAINED, dtype=np.int64)
-    targets, joint = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
+    targets, joint, kinds = (np.full(n, -1, dtype=np.int64) for _ in range(3))
     for part in parts:
         begin = len(part.prompt_ids) - start
         end = begin + len(part.completion_ids)
@@ -236,6 +248,7 @@ def _transcript_row(parts: Sequence[Row]) -> Row:
             raise TrainingError(f"the transcript does not hold the completion of {len(part.completion_ids)} tokens")
         policy[begin:end], logprobs[begin:end], targets[begin:end] = part.policy, part.logprobs, part.targets
         advantages[begin:end], allowed[begin:end], joint[begin:end] = part.advantages, part.allowed, part.joint
+        kinds[begin:end] = part.kinds
     return Row(
         first.adapter,
         first.prompt_ids,
@@ -247,11 +260,13 @@ def _transcript_row(parts: Sequence[Row]) -> Row:
         allowed,
         first.agent,
         joint,
+        kinds,
+        first.name,
     )
 
 
 def worth_training(
-    rows: Sequence[Row], fraction: float, rng: np.random.Generator
+    rows: Sequence[Row], fraction: float, seed: int, keep: bool = False
 ) -> tuple[list[Row], int]:
     """Leave out rows without an advantage: they cannot change the policy.
 
@@ -259,13 +274,40 @@ def worth_training(
     targets alone, so that predictions are still trained where every episode ends the same way.
 
     Args:
-        rows: of one rollout.
+        rows: of one rollout, or one process's part of it.
         fraction: share of the rows without an advantage to keep, 0 to 1.
-        rng: chooses them.
+        seed: chooses them, each by its name, so that a division of the rollout among processes chooses the same.
+        keep: only take away their targets, for those who want to know the ratios of all rows.
 
     Returns:
-        The rows (one is always kept), and the number of policy tokens of all rows, by which the loss is divided all
-        the same: the policy's gradient is that of the full set.
+        The rows (one is always there, if need be without targets), and the number of policy tokens of all rows, by
+        which the loss is divided all the same: the policy's gradient is that of the full set.
     """
-    kept = [row for row in rows if row.advantages.any() or ((row.targets >= 0).any() and rng.random() < fraction)]
-    return kept or list(rows[:1]), sum(int(row.policy.sum()) for row in rows)
+    kept: list[Row] = []
+    for row in rows:
+        if row.advantages.any() or ((row.targets >= 0).any() and _share_of(seed, row.name) < fraction):
+            kept.append(row)
+        elif keep:
+            kept.append(_without_targets(row))
+    return kept or [_without_targets(row) for row in rows[:1]], sum(int(row.policy.sum()) for row in rows)
+
+
+def trained_tokens(rows: Sequence[Row]) -> dict[str, int]:
+    """How many tokens have an advantage other than 0, by span, and how many a hindsight target.
+
+    `other` are sampled tokens outside of spans: the tags and the end of turns that are written without a grammar, and
+    all of those that cannot be read.
+    """
+    counts = np.zeros(len(KINDS) + 1, dtype=np.int64)
+    for row in rows:
+        counts += np.bincount(row.kinds[row.policy & (row.advantages != 0)] + 1, minlength=len(counts))
+    found = {kind.value: int(count) for kind, count in zip(KINDS, counts[1:], strict=True)}
+    return {**found, "other": int(counts[0]), "hindsight": sum(int((row.targets >= 0).sum()) for row in rows)}
+
+
+def _share_of(seed: int, name: str) -> float:
+    return derive_seed(seed, name) / 2.0**63
+
+
+def _without_targets(row: Row) -> Row:
+    return replace(row, targets=np.full_like(row.targets, -1))

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -383,7 +383,7 @@ def _reinforce(
     _barrier(world)
     table = GrammarTable()
     team = GenerativeTeam(model, env.language, recipe.agent, assignment, settings.temperature)
-    critic = make_critic(recipe, out, model, env) if recipe.algorithm is Algorithm.PPO else None
+    critic = make_critic(recipe, out, model, env, trainable) if recipe.algorithm is Algorithm.PPO else None
     values = critic.values if critic is not None else None
     folder = out if recipe.keep_episodes else None
     league = make_league(recipe, out, model, env, team, rank, world) if recipe.league is not None else None
@@ -433,7 +433,9 @@ def make_league(
     return League(recipe.league, env, model, team, main, out, recipe.seed, rank, exchange)
 
 
-def make_critic(recipe: Recipe, out: Path, model: TransformersModel, env: Env) -> Critic:
+def make_critic(
+    recipe: Recipe, out: Path, model: TransformersModel, env: Env, learners: Collection[str] | None = None
+) -> Critic:
     """The critic that a recipe asks for, fresh."""
     credit = recipe.grpo.credit
     base = out / "base"
@@ -445,6 +447,7 @@ def make_critic(recipe: Recipe, out: Path, model: TransformersModel, env: Env) -
         base if base.is_dir() else recipe.model,
         acted=isinstance(credit, ChainedGAECredit),
         per_token=getattr(credit, "level", "turn") == "token",
+        learners=learners,
     )
 
 

@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch.distributed
 
 from preconcert.agents import GenerativeTeam
 from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
-from preconcert.training.credit import Values, ledger_of
+from preconcert.training.credit import Credit, Game, Ledger, Number, TurnKey, Values, ledger_of
 from preconcert.training.grpo import Rollout
 from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, RowSettings, build_rows, worth_training
+from preconcert.training.update import Order
 
 EPISODES = "episodes.jsonl"
 
@@ -97,7 +98,7 @@ class GameSource:
             EpisodeSpec(
                 recipe.task,
                 recipe.params,
-                derive_seed(recipe.seed, "train", iteration, number) % 2**31,
+                self._seed(iteration, number),
                 "train",
                 sample,
                 iteration,
@@ -124,16 +125,21 @@ class GameSource:
         stored = time.perf_counter()
         values = self.values(episodes) if self.values is not None and recipe.grpo.credit.needs_values else None
         valued = time.perf_counter()
-        credit = recipe.grpo.credit.estimate(
-            ledger_of(episodes, recipe.grpo.rewards, values, self.settings.trainable), self.credit_state
-        )
+        ledger = ledger_of(episodes, recipe.grpo.rewards, values, self.settings.trainable)
+        credit = self._credit(iteration, episodes, ledger)
         self.credit_state = dict(credit.state)
         credited = time.perf_counter()
         rows = build_rows(episodes, credit.advantages, self.team, self.table, self.settings)
         policy_tokens = sum(int(row.policy.sum()) for row in rows)
         if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
-            rng = np.random.default_rng(derive_seed(recipe.seed, "rows", iteration, self.rank))
-            rows, policy_tokens = worth_training(rows, recipe.grpo.hindsight_fraction, rng)
+            # In a sequential update the ratios of all rows weigh on the agents still to come, those without an
+            # advantage included.
+            rows, policy_tokens = worth_training(
+                rows,
+                recipe.grpo.hindsight_fraction,
+                derive_seed(recipe.seed, "rows", iteration),
+                keep=recipe.update.order is Order.SEQUENTIAL,
+            )
         elif recipe.grpo.entropy:  # forced turns have none
             rows = [row for row in rows if row.policy.any() or (row.targets >= 0).any()] or rows[:1]
         found = measure(episodes, self.team.language, recipe.agent.spans)
@@ -162,6 +168,39 @@ class GameSource:
         if self.on_rollout is not None:
             self.on_rollout(iteration, episodes, metrics)
         return Rollout(rows, metrics, policy_tokens, episodes, credit.returns, restarted)
+
+    def _seed(self, iteration: int, number: int) -> int:
+        """Of one task instance."""
+        return derive_seed(self.recipe.seed, "train", iteration, number) % 2**31
+
+    def _credit(self, iteration: int, episodes: Sequence[Episode], ledger: Ledger) -> Credit:
+        """This process's part of the credit for the whole rollout.
+
+        Baselines and normalisation run over all processes' games, in the order in which one process would play them, so
+        that a division of the work changes nothing.
+        """
+        estimator = self.recipe.grpo.credit
+        if self.world == 1:
+            return estimator.estimate(ledger, self.credit_state)
+        numbers = {self._seed(iteration, number): number for number in range(self.recipe.grpo.seeds)}
+        mine = [(numbers[episode.seed], game) for episode, game in zip(episodes, ledger, strict=True)]
+        parts: list[list[tuple[int, Game]]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(parts, mine)
+        order = sorted(
+            (number, rank, place) for rank, part in enumerate(parts) for place, (number, _) in enumerate(part)
+        )
+        credit = estimator.estimate([parts[rank][place][1] for _, rank, place in order], self.credit_state)
+        places = {position: place for position, (_, rank, place) in enumerate(order) if rank == self.rank}
+
+        def own(numbers: Mapping[TurnKey, Number]) -> dict[TurnKey, Number]:
+            return {
+                TurnKey(places[key.episode], key.agent, key.index): number
+                for key, number in numbers.items()
+                if key.episode in places
+            }
+
+        returns = None if credit.returns is None else own(credit.returns)
+        return Credit(own(credit.advantages), returns, credit.state)
 
 
 def _no_cast(iteration: int, number: int) -> dict[str, str]:

@@ -53,10 +53,15 @@ class UpdateSettings(BaseModel):
     compound_clip: float = Field(2.0, gt=1)
     """The compounding factor of a sequential update is kept between one over this and this."""
     dual_clip: float | None = Field(None, gt=1)
-    """Upper bound of the ratio where the advantage is negative."""
+    """Upper bound of the ratio where the advantage is negative; above 1 + `grpo.clip_high`."""
     kl_stop: float | None = Field(None, gt=0)
     """Once a step finds the policy this far (mean KL per token, in nats) from the one that sampled, the rest of the
-    iteration is skipped (in a sequential update, the rest of the agent's turn); logged as `skipped_steps`."""
+    iteration is skipped (in a sequential update, the rest of the agent's slot). How many steps that were is logged as
+    `skipped_steps`."""
+    share_every: int = Field(10, ge=0)
+    """Where agents share an adapter, every how many iterations the first minibatch's gradient is taken apart by agent
+    and logged as `gradient_share/AGENT`, at the price of a further pass per agent; 0 is never. A sequential update
+    knows the shares without it."""
 
 
 def agent_order(agents: Sequence[str], seed: int, iteration: int) -> tuple[str, ...]:
@@ -82,15 +87,33 @@ def turn_level(
         mask: tokens of the policy loss.
         joint: which step of which episode a token belongs to; -1 for none.
     """
-    rows = torch.arange(len(logps), device=logps.device)[:, None].expand_as(joint)
-    keys = torch.where(mask, rows * (int(joint.max()) + 2) + joint + 1, -1)
-    _, segment = torch.unique(keys, return_inverse=True)
+    segment = _segments(mask, joint)
     change = torch.where(mask, logps - old, torch.zeros_like(logps))
     empty = torch.zeros(int(segment.max()) + 1, dtype=change.dtype, device=change.device)
     total = empty.index_add(0, segment.flatten(), change.flatten())
     count = empty.index_add(0, segment.flatten(), mask.flatten().to(total.dtype))
     mean = (total / count.clamp(min=1))[segment]
     return torch.where(mask, old + mean, logps)
+
+
+def turn_weights(
+    mask: Bool[Tensor, "rows tokens"], joint: Int[Tensor, "rows tokens"]
+) -> Float[Tensor, "rows tokens"]:
+    """Factors that make a mean over a row's tokens one over its turns: tokens / (turns · the turn's tokens).
+
+    1 outside the mask, and everywhere in rows of a single turn.
+
+    Args:
+        mask: tokens of the policy loss.
+        joint: which step of which episode a token belongs to; -1 for none.
+    """
+    segment = _segments(mask, joint)
+    ones = mask.flatten().float()
+    empty = torch.zeros(int(segment.max()) + 1, device=mask.device)
+    count = empty.index_add(0, segment.flatten(), ones).clamp(min=1)[segment]
+    tokens = mask.sum(dim=1, keepdim=True).float()
+    turns = torch.where(mask, 1.0 / count, 0.0).sum(dim=1, keepdim=True)
+    return torch.where(mask, tokens / (turns.clamp(min=1e-9) * count), 1.0)
 
 
 def compounding(
@@ -130,3 +153,11 @@ def importance_weights(
     """min(π_trainer / π_sampler, cap) per token, 1 outside the mask (truncated importance sampling, Ionides 2008)."""
     change = torch.where(mask, trainer - sampler, torch.zeros_like(trainer))
     return change.exp().clamp(max=cap)
+
+
+def _segments(mask: Bool[Tensor, "rows tokens"], joint: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
+    """The number of the turn that each token belongs to, turns of different rows apart; one number for all others."""
+    rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(joint)
+    keys = torch.where(mask, rows * (int(joint.max()) + 2) + joint + 1, -1)
+    _, segment = torch.unique(keys, return_inverse=True)
+    return segment

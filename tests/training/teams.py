@@ -26,6 +26,7 @@ from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, Row, build_rows
 from preconcert.training.run import grpo_config
 from preconcert.training.source import GameSource
+from preconcert.training.update import UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
 from tests.models.checkpoints import build_chat_model, build_chat_tokenizer
 
@@ -151,6 +152,8 @@ def trainer_on(
     trainable: Sequence[str] = AGENTS,
     reference: str | None = None,
     callbacks: Any = None,
+    update: UpdateSettings | None = None,
+    agents: Sequence[str] = (),
     **grpo: Any,
 ) -> MultiAgentGRPOTrainer:
     """The real trainer with the real configuration of a recipe."""
@@ -166,6 +169,8 @@ def trainer_on(
         recipe.grpo.hindsight_weight,
         reference,
         callbacks,
+        update,
+        agents,
     )
 
 

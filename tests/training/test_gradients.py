@@ -139,7 +139,7 @@ def test_rows_worth_training_give_the_gradient_of_all(
     """The policy's gradient always; with every target kept, the whole gradient."""
     team = team_on(starter)
     rows, table = rows_of(team, play(team), uneven, hindsight=weight > 0)
-    kept, policy_tokens = worth_training(rows, fraction, np.random.default_rng(0))
+    kept, policy_tokens = worth_training(rows, fraction, 0)
     assert len(kept) < len(rows) or fraction
     everything, some = (
         gradients_of(trainer_on(starter, source, table, tmp_path, hindsight_weight=weight), starter)

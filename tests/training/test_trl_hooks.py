@@ -26,6 +26,8 @@ SIGNATURES = {
     "create_model_card": ("self", "model_name", "dataset_name", "tags"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_prepare_inputs": ("self", "generation_batch"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_save": ("self", "output_dir", "state_dict"),
 }  # fmt: skip
 READ = {
     "_compute_loss": (
