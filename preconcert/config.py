@@ -247,11 +247,11 @@ def _recipe(content: Mapping[str, Any]) -> Recipe:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Agents, adapters and the model's name."""
+    """Agents, adapters, whose rewards are scaled, and the model's name."""
     from preconcert.training.recipe import STARTER
     from preconcert.training.run import assign
 
-    assign(recipe, make_env(recipe.task, recipe.params, 0, "train"))
+    recipe.grpo.rewards.check(assign(recipe, make_env(recipe.task, recipe.params, 0, "train")))
     name = recipe.model
     close = difflib.get_close_matches(name, [STARTER], cutoff=0.5)
     if close and name != STARTER and not Path(name).expanduser().exists():
@@ -274,8 +274,8 @@ def _path(loc: Sequence[int | str], content: Any, kind: str) -> list[str]:
 def _unknown_key(path: Sequence[str], model: type[BaseModel], prefix: str, content: Any) -> str:
     level: type[BaseModel] | None = model
     for part in path[:-1]:
-        level = _model_of(level, part) if level is not None else None
         content = content[part]
+        level = _model_of(level, part, content) if level is not None else None
     key, name = prefix + ".".join(path), path[-1]
     known = list(level.model_fields) if level is not None else []
     before = prefix + "".join(f"{part}." for part in path[:-1])
@@ -286,9 +286,15 @@ def _unknown_key(path: Sequence[str], model: type[BaseModel], prefix: str, conte
     return f"unknown key {key!r} = {_short(content[name])}; {hint}"
 
 
-def _model_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+def _model_of(model: type[BaseModel], name: str, content: Any = None) -> type[BaseModel] | None:
+    """The model of a field; of a union of models, the one that the content's `type` says."""
     field = model.model_fields.get(name)
     found = field.annotation if field is not None else None
+    if isinstance(content, Mapping) and "type" in content:
+        for member in get_args(found):
+            kind = getattr(member, "model_fields", {}).get("type")
+            if kind is not None and kind.default == content["type"]:
+                found = member
     return found if isinstance(found, type) and not get_args(found) and issubclass(found, BaseModel) else None
 
 

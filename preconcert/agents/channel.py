@@ -83,6 +83,12 @@ class TextChannel:
                     if not self._lost(episode, message.sender, recipient, step):
                         self._inboxes[(episode, recipient)][message.sender] = message
 
+    def fork(self, episode: str, name: str) -> None:
+        """Give another episode the inboxes of this one; from here on they are filled apart."""
+        for (held, agent), mails in list(self._inboxes.items()):
+            if held == episode:
+                self._inboxes[(name, agent)] = dict(mails)
+
     def close(self, episode: str) -> None:
         """Forget the inboxes of a finished episode."""
         for key in [key for key in self._inboxes if key[0] == episode]:

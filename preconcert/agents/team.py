@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -139,6 +139,11 @@ class GenerativeTeam:
             del self._threads[key]
             self.model.close_session(f"{key[0]}/{key[1]}")
 
+    def fork(self, episode: str, name: str) -> None:
+        """Give another episode this one's memory. Its caches are not copied: the first prompt is read afresh."""
+        for (held, agent), thread in list(self._threads.items()):
+            if held == episode:
+                self._threads[(name, agent)] = replace(thread, actions=list(thread.actions))
 
     def version_of(self, adapter: str) -> int:
         """Number of updates behind an adapter."""

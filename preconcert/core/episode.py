@@ -18,6 +18,8 @@ class StopReason(StrEnum):
     """The task reached an end of its own."""
     TRUNCATED = "truncated"
     """The horizon was reached."""
+    CUT = "cut"
+    """Nobody played on: a candidate turn that was judged by its own step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Rollouts: many episodes played in lockstep, every live (episode, agent) request of a step in one policy call.
 
 Parts: `EpisodeSpec`, `rollout`, and `ScriptedPolicy`, which lets the tasks' own players take the place of a model.
+What `rollout` is made of (`Running`, `begin`, `joint_turns`, `carry_out`, `play_out`) also serves `branching.py`, where
+games branch off a running one.
 """
 
 from __future__ import annotations
@@ -85,6 +87,9 @@ class ScriptedPolicy:
     def finish(self, episode: str) -> None:
         """Nothing is held."""
 
+    def fork(self, episode: str, name: str) -> None:
+        """Nothing is held."""
+
     def _decide(self, request: TurnRequest) -> Turn:
         make_player = getattr(request.env, "player", None)
         if make_player is None:
@@ -138,8 +143,14 @@ class _RandomPlayer:
         return Decision(action, words or None)
 
 
+Policies = Policy | Mapping[str, Policy]
+"""One policy for everyone, or one by agent name."""
+
+
 @dataclass(slots=True)
-class _Live:
+class Running:
+    """An episode under way."""
+
     spec: EpisodeSpec
     env: Env
     observations: Mapping[str, Observation]
@@ -149,7 +160,7 @@ class _Live:
 
 def rollout(
     specs: Sequence[EpisodeSpec],
-    policies: Policy | Mapping[str, Policy],
+    policies: Policies,
     channel: ChannelSettings,
     seed: int,
     on_step: Callable[[int, int], None] | None = None,
@@ -169,35 +180,156 @@ def rollout(
     Raises:
         EnvError: an environment broke its protocol.
     """
-    live = {spec.name: _start(spec) for spec in specs}
-    if len(live) != len(specs):
-        raise ConfigError(f"{len(specs)} episodes were asked for, {len(live)} of them different")
-    groups = {name: state.spec.group for name, state in live.items()}
+    live = begin(specs)
     talk = TextChannel(channel, derive_seed(seed, "rollout"))
-    finished: dict[str, Episode] = {}
-    step = 0
-    while live:
-        requests = _requests(live, talk, seed)
-        turns = _decide(requests, policies)
-        sent: dict[str, list[Message]] = {}
-        for name in list(live):
-            state, mine = live[name], turns[name]
-            sent[name] = [turn.message for turn in mine.values() if turn.message is not None]
-            episode = _advance(state, mine, policies)
-            if episode is not None:
-                finished[name] = episode
-                del live[name], sent[name]
-                talk.close(name)
-                for policy in _distinct(policies):
-                    policy.finish(name)
-        talk.transmit(sent, groups, step)
-        step += 1
-        if on_step is not None:
-            on_step(step, len(live))
+    finished = play_out(live, policies, talk, seed, on_step=on_step)
     return [finished[spec.name] for spec in specs]
 
 
-def _version(policies: Policy | Mapping[str, Policy], agent: str, player: str | None) -> int:
+def begin(specs: Sequence[EpisodeSpec]) -> dict[str, Running]:
+    """Episodes at their first view, by name.
+
+    Raises:
+        ConfigError: two are the same.
+    """
+    live = {spec.name: _start(spec) for spec in specs}
+    if len(live) != len(specs):
+        raise ConfigError(f"{len(specs)} episodes were asked for, {len(live)} of them different")
+    return live
+
+
+def play_out(
+    live: dict[str, Running],
+    policies: Policies,
+    talk: TextChannel,
+    seed: int,
+    step: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Episode]:
+    """Play running episodes to their ends.
+
+    Args:
+        live: by name; emptied.
+        policies: one policy for everyone, or one by agent name.
+        talk: holds the inboxes.
+        seed: of the agents' choices.
+        step: the environment step that they are all at.
+        on_step: called after each step with (step, number of episodes still running).
+
+    Returns:
+        The episodes by name.
+    """
+    groups = {name: state.spec.group for name, state in live.items()}
+    finished: dict[str, Episode] = {}
+    while live:
+        turns = joint_turns(live, talk, policies, seed)
+        ended = carry_out(live, turns, talk, policies, groups, step)
+        for name, episode in ended.items():
+            finished[name] = episode
+            del live[name]
+            release(name, talk, policies)
+        step += 1
+        if on_step is not None:
+            on_step(step, len(live))
+    return finished
+
+
+def joint_turns(
+    live: Mapping[str, Running], talk: TextChannel, policies: Policies, seed: int
+) -> dict[str, dict[str, Turn]]:
+    """One turn of every agent of every running episode, by episode and agent, from one call per policy."""
+    return _decide(_requests(live, talk, seed), policies)
+
+
+def carry_out(
+    live: Mapping[str, Running],
+    turns: Mapping[str, Mapping[str, Turn]],
+    talk: TextChannel,
+    policies: Policies,
+    groups: Mapping[str, str],
+    step: int,
+) -> dict[str, Episode]:
+    """Step every world and deliver what was said.
+
+    Args:
+        live: by name.
+        turns: by episode and agent.
+        talk: receives the messages of those that go on.
+        policies: whose versions are put on record.
+        groups: each episode's group.
+        step: the environment step that they are all at.
+
+    Returns:
+        The episodes that ended.
+    """
+    ended: dict[str, Episode] = {}
+    sent: dict[str, list[Message]] = {}
+    for name, state in live.items():
+        episode = _advance(state, turns[name], policies)
+        if episode is not None:
+            ended[name] = episode
+        else:
+            sent[name] = [turn.message for turn in turns[name].values() if turn.message is not None]
+    talk.transmit(sent, groups, step)
+    return ended
+
+
+def release(name: str, talk: TextChannel, policies: Policies) -> None:
+    """Let go of what is held for an episode."""
+    talk.close(name)
+    for policy in _distinct(policies):
+        policy.finish(name)
+
+
+def fork(name: str, other: str, talk: TextChannel, policies: Policies) -> None:
+    """Give another episode the inboxes and the memory of a running one.
+
+    Raises:
+        ConfigError: a policy that cannot.
+    """
+    talk.fork(name, other)
+    for policy in _distinct(policies):
+        copy = getattr(policy, "fork", None)
+        if copy is None:
+            raise ConfigError(
+                f"{type(policy).__name__} cannot go on twice from one moment; give it a `fork(episode, name)` method"
+            )
+        copy(name, other)
+
+
+def record(state: Running, policies: Policies, stop: StopReason, success: bool | None) -> Episode:
+    """What was played, closed.
+
+    Args:
+        state: an episode at its end.
+        policies: whose versions are put on record.
+        stop: why it is over.
+        success: was the task solved?
+    """
+    return Episode(
+        task=state.spec.task,
+        params=dict(state.spec.params),
+        seed=state.spec.seed,
+        split=state.spec.split,
+        group=state.spec.group,
+        sample=state.spec.sample,
+        iteration=state.spec.iteration,
+        trajectories={
+            agent: Trajectory(
+                agent,
+                tuple(state.turns[agent]),
+                _version(policies, agent, state.spec.cast.get(agent)),
+                stop,
+                state.observations[agent],
+            )
+            for agent in state.env.agents
+        },
+        success=success,
+        states=tuple(state.states),
+    )
+
+
+def _version(policies: Policies, agent: str, player: str | None) -> int:
     """Updates behind whoever plays an agent."""
     policy = _policy_of(policies, agent)
     if player is None:
@@ -208,18 +340,18 @@ def _version(policies: Policy | Mapping[str, Policy], agent: str, player: str | 
     return policy.version if version_of is None else int(version_of(player))
 
 
-def _start(spec: EpisodeSpec) -> _Live:
+def _start(spec: EpisodeSpec) -> Running:
     env = make_env(spec.task, spec.params, spec.seed, spec.split)
     for agent in spec.cast:
         if agent not in env.agents:
             raise UnknownNameError("agent", agent, env.agents)
     observations = env.reset()
-    state = _Live(spec, env, observations)
+    state = Running(spec, env, observations)
     state.states.append(env.state())
     return state
 
 
-def _requests(live: Mapping[str, _Live], talk: TextChannel, seed: int) -> list[TurnRequest]:
+def _requests(live: Mapping[str, Running], talk: TextChannel, seed: int) -> list[TurnRequest]:
     requests: list[TurnRequest] = []
     for name, state in live.items():
         for agent in state.env.agents:
@@ -242,9 +374,7 @@ def _requests(live: Mapping[str, _Live], talk: TextChannel, seed: int) -> list[T
     return requests
 
 
-def _decide(
-    requests: Sequence[TurnRequest], policies: Policy | Mapping[str, Policy]
-) -> dict[str, dict[str, Turn]]:
+def _decide(requests: Sequence[TurnRequest], policies: Policies) -> dict[str, dict[str, Turn]]:
     decided: dict[tuple[str, str], Turn] = {}
     by_policy: dict[int | str, tuple[Policy, list[TurnRequest]]] = {}
     for request in requests:
@@ -265,7 +395,7 @@ def _decide(
     return turns
 
 
-def _policy_of(policies: Policy | Mapping[str, Policy], agent: str) -> Policy:
+def _policy_of(policies: Policies, agent: str) -> Policy:
     if isinstance(policies, Mapping):
         if agent not in policies:
             raise UnknownNameError("agent", agent, policies)
@@ -273,13 +403,13 @@ def _policy_of(policies: Policy | Mapping[str, Policy], agent: str) -> Policy:
     return policies
 
 
-def _distinct(policies: Policy | Mapping[str, Policy]) -> list[Policy]:
+def _distinct(policies: Policies) -> list[Policy]:
     if not isinstance(policies, Mapping):
         return [policies]
     return list({id(policy): policy for policy in policies.values()}.values())
 
 
-def _advance(state: _Live, turns: Mapping[str, Turn], policies: Policy | Mapping[str, Policy]) -> Episode | None:
+def _advance(state: Running, turns: Mapping[str, Turn], policies: Policies) -> Episode | None:
     """Carry out one joint action; the finished episode, if it ended."""
     result = state.env.step({agent: turn.action for agent, turn in turns.items()})
     for agent, turn in turns.items():
@@ -293,24 +423,4 @@ def _advance(state: _Live, turns: Mapping[str, Turn], policies: Policy | Mapping
             raise EnvError(f"{state.spec.task}: still running after its horizon of {state.env.horizon} steps")
         return None
     stop = StopReason.TRUNCATED if result.truncated else StopReason.TERMINATED
-    return Episode(
-        task=state.spec.task,
-        params=dict(state.spec.params),
-        seed=state.spec.seed,
-        split=state.spec.split,
-        group=state.spec.group,
-        sample=state.spec.sample,
-        iteration=state.spec.iteration,
-        trajectories={
-            agent: Trajectory(
-                agent,
-                tuple(state.turns[agent]),
-                _version(policies, agent, state.spec.cast.get(agent)),
-                stop,
-                result.observations[agent],
-            )
-            for agent in state.env.agents
-        },
-        success=result.success,
-        states=tuple(state.states),
-    )
+    return record(state, policies, stop, result.success)

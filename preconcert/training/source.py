@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed
 
 from preconcert.agents import GenerativeTeam
 from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
-from preconcert.training.credit import Credit, Game, Ledger, Number, TurnKey, Values, ledger_of
+from preconcert.training.branching import branch
+from preconcert.training.credit import (
+    AgentTurnCredit,
+    Credit,
+    Game,
+    Ledger,
+    Number,
+    Score,
+    TurnKey,
+    Values,
+    estimate,
+    ledger_of,
+)
 from preconcert.training.grpo import Rollout
 from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
-from preconcert.training.rows import GrammarTable, RowSettings, build_rows, worth_training
+from preconcert.training.rows import GrammarTable, Row, RowSettings, build_rows, worth_training
 from preconcert.training.update import Order
 
 EPISODES = "episodes.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class _Play:
+    episodes: tuple[Episode, ...]
+    """What is trained on."""
+    whole: tuple[Episode, ...]
+    """Games from beginning to end, which the metrics are about."""
+    lines: tuple[Episode, ...] = ()
+    """The games that branches came from."""
 
 
 class GameSource:
@@ -93,6 +117,7 @@ class GameSource:
     def specs(self, iteration: int) -> list[EpisodeSpec]:
         """The episodes that this process plays."""
         recipe = self.recipe
+        credit = recipe.grpo.credit
         casts = self.league.cast if self.league is not None else _no_cast
         return [
             EpisodeSpec(
@@ -106,7 +131,7 @@ class GameSource:
             )
             for number in range(recipe.grpo.seeds)
             if number % self.world == self.rank
-            for sample in range(recipe.grpo.group)
+            for sample in range(credit.lines if isinstance(credit, AgentTurnCredit) else recipe.grpo.group)
         ]
 
     def collect(self, iteration: int) -> Rollout:
@@ -116,12 +141,11 @@ class GameSource:
         restarted = self.league.prepare(iteration) if self.league is not None else ()
         self.team.version = iteration
         self.team.temperature = recipe.grpo.temperature
-        episodes = rollout(
-            self.specs(iteration), self.team, recipe.channel, derive_seed(recipe.seed, "play", iteration)
-        )
+        play = self._play(iteration)
+        episodes = play.episodes
         played = time.perf_counter()
         if self.folder is not None:
-            append_episodes(self.folder / record_name(self.rank), episodes)
+            append_episodes(self.folder / record_name(self.rank), [*play.lines, *episodes])
         stored = time.perf_counter()
         values = self.values(episodes) if self.values is not None and recipe.grpo.credit.needs_values else None
         valued = time.perf_counter()
@@ -129,7 +153,7 @@ class GameSource:
         credit = self._credit(iteration, episodes, ledger)
         self.credit_state = dict(credit.state)
         credited = time.perf_counter()
-        rows = build_rows(episodes, credit.advantages, self.team, self.table, self.settings)
+        rows = self._rows(play, credit.advantages)
         policy_tokens = sum(int(row.policy.sum()) for row in rows)
         if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
             # In a sequential update the ratios of all rows weigh on the agents still to come, those without an
@@ -142,7 +166,7 @@ class GameSource:
             )
         elif recipe.grpo.entropy:  # forced turns have none
             rows = [row for row in rows if row.policy.any() or (row.targets >= 0).any()] or rows[:1]
-        found = measure(episodes, self.team.language, recipe.agent.spans)
+        found = measure(play.whole, self.team.language, recipe.agent.spans)
         metrics: dict[str, float] = {
             name: float(value)
             for name, value in {
@@ -152,8 +176,9 @@ class GameSource:
                 "intention_accuracy": found.intention_accuracy,
                 "forecast_exact_match": found.forecast_exact_match,
                 "message_bits_per_turn": found.message_bits_per_turn,
-                "generated_tokens": found.generated_tokens,
+                "generated_tokens": _tokens(episodes),
                 "episode_steps": found.steps_mean,
+                "line_success": _success(play.lines),
                 "environment_steps": sum(episode.steps for episode in episodes),
                 "rollout_s": played - started,
                 "record_s": stored - played,
@@ -164,9 +189,9 @@ class GameSource:
             if value is not None
         }
         if self.league is not None:
-            metrics |= self.league.record(episodes)
+            metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
-            self.on_rollout(iteration, episodes, metrics)
+            self.on_rollout(iteration, list(play.whole), metrics)
         return Rollout(rows, metrics, policy_tokens, episodes, credit.returns, restarted)
 
     def _seed(self, iteration: int, number: int) -> int:
@@ -201,6 +226,51 @@ class GameSource:
 
         returns = None if credit.returns is None else own(credit.returns)
         return Credit(own(credit.advantages), returns, credit.state)
+
+    def _play(self, iteration: int) -> _Play:
+        """Whole games, or branches of games where credit is given per agent and turn."""
+        recipe, credit = self.recipe, self.recipe.grpo.credit
+        specs, seed = self.specs(iteration), derive_seed(self.recipe.seed, "play", iteration)
+        if not isinstance(credit, AgentTurnCredit):
+            episodes = tuple(rollout(specs, self.team, recipe.channel, seed))
+            return _Play(episodes, episodes)
+        played = branch(
+            specs, self.team, recipe.channel, seed, recipe.grpo.group, credit.score, credit.follow, recipe.grpo.rewards
+        )
+        # Where branches are played to the end, those of the first moments are games as the policy plays them; a line
+        # that follows the best branches is better than that.
+        whole = played.from_the_start if credit.score is Score.ROLLOUT else played.lines
+        return _Play(played.branches, whole, played.lines)
+
+    def _rows(self, play: _Play, advantages: Mapping[TurnKey, Number]) -> list[Row]:
+        """What is trained on. A branch that was cut does not know what came next; there the lines teach predictions."""
+        credit = self.recipe.grpo.credit
+        if not isinstance(credit, AgentTurnCredit) or credit.score is Score.ROLLOUT or not self.settings.hindsight:
+            return build_rows(play.episodes, advantages, self.team, self.table, self.settings)
+        blind = replace(self.settings, hindsight=False)
+        nothing = dict.fromkeys(estimate(play.lines).advantages, 0.0)
+        taught = build_rows(play.lines, nothing, self.team, self.table, self.settings)
+        rows = build_rows(play.episodes, advantages, self.team, self.table, blind)
+        return rows + [_targets_only(row) for row in taught]
+
+
+def _targets_only(row: Row) -> Row:
+    """Without a part in the policy loss."""
+    return replace(
+        row,
+        policy=np.zeros_like(row.policy),
+        logprobs=np.zeros_like(row.logprobs),
+        joint=np.full_like(row.joint, -1),
+    )
+
+
+def _tokens(episodes: Sequence[Episode]) -> int:
+    return sum(len(turn.completion_ids) for e in episodes for t in e.trajectories.values() for turn in t.turns)
+
+
+def _success(episodes: Sequence[Episode]) -> float | None:
+    judged = [episode.success for episode in episodes if episode.success is not None]
+    return sum(judged) / len(judged) if judged else None
 
 
 def _no_cast(iteration: int, number: int) -> dict[str, str]:

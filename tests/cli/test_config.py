@@ -9,6 +9,7 @@ import pytest
 from preconcert.agents import ChannelMode
 from preconcert.config import load_recipe, load_run, override_play, parse_override
 from preconcert.core import ConfigError
+from preconcert.training.credit import AgentCredit, TurnCredit
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -29,6 +30,10 @@ def test_overrides_go_on_top(recipe: Path) -> None:
     found = load_recipe(recipe, ["grpo.lr=1e-3", "params.size=6", "channel.mode=off", "frozen=[agent_0]"])
     assert (found.grpo.lr, found.params["size"], found.channel.mode) == (1e-3, 6, ChannelMode.OFF)
     assert found.frozen == ("agent_0",)
+    assert load_recipe(recipe, ["grpo.credit=agent-centred"]).grpo.credit == AgentCredit(scale=False)
+    credit = ["grpo.credit.type=turn", "grpo.credit.per_index=true"]
+    shaped = load_recipe(recipe, [*credit, "grpo.rewards.mode=mixed", "grpo.rewards.weight=0.5"]).grpo
+    assert (shaped.credit, shaped.rewards.weight) == (TurnCredit(per_index=True), 0.5)
 
 
 def test_a_run_folder_is_a_recipe(recipe: Path, tmp_path: Path) -> None:
@@ -57,6 +62,14 @@ def test_a_run_folder_is_a_recipe(recipe: Path, tmp_path: Path) -> None:
         ("agent.constrained=maybe", "agent.constrained = 'maybe': expected true or false"),
         ("channel.mode=shufled", "unknown channel.mode 'shufled'; did you mean 'shuffled'?"),
         ("grpo.credit=agnt", "unknown grpo.credit 'agnt'; did you mean 'agent'?"),
+        ("grpo.credit=agent-centerd", "unknown grpo.credit 'agent-centerd'; did you mean 'agent-centred'?"),
+        ("grpo.credit={type: agnt}", "unknown type 'agnt'; did you mean 'agent'?"),
+        ("grpo.credit={scale: false}", "needs a type; known: agent, global, turn, "),
+        ("grpo.credit={type: agent, scael: 1}", "unknown key 'grpo.credit.scael' = 1; did you mean 'grpo.credit.scal"),
+        ("grpo.credit={type: turn, gamma: 2}", "grpo.credit.gamma = 2: expected at most 1"),
+        ("grpo.rewards={mode: mixed}", "mode mixed needs a weight"),
+        ("grpo.rewards.mode=jiont", "unknown grpo.rewards.mode 'jiont'; did you mean 'joint'?"),
+        ("grpo.rewards.scale={agnt_0: 2}", "unknown agent 'agnt_0'; did you mean 'agent_0'?"),
         ("grpo.policy_spans=[act,sya]", "unknown grpo.policy_spans.1 'sya'; did you mean 'say'?"),
         ("adapters=shard", "unknown adapters 'shard'; did you mean 'shared'?"),
         ("adapters={agnt_0: x}", "unknown agent 'agnt_0'; did you mean 'agent_0'?"),

@@ -31,7 +31,7 @@ class Follow(StrEnum):
     """Which branch the game goes on with."""
 
     BEST = "best"
-    """The highest score, averaged over agents; ties to the first."""
+    """The highest score, averaged over agents; ties to the first. Where agents are opposed, that mean says nothing."""
     FIRST = "first"
     """The first, whatever its score: the moments visited are then those of the policy itself."""
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from preconcert.core import TrainingError
 from preconcert.training.credit.estimator import EPSILON, Credit, Estimator, Shift, turns_of
-from preconcert.training.credit.ledger import Game, Ledger, Number, Strand, TurnKey, discounted
+from preconcert.training.credit.ledger import Game, Ledger, Number, Strand, TurnKey
 
 
 class Normalise(StrEnum):
@@ -104,30 +104,57 @@ def along(ledger: Ledger, chains: Sequence[Sequence[Link]], settings: Critic, to
     Raises:
         TrainingError: a turn has no value, or no value per token.
     """
-    raw: dict[TurnKey, NDArray[np.float64]] = {}
+    links = [link for chain in chains for link in chain]
+    if not links:
+        return Credit(dict.fromkeys(turns_of(ledger), 0.0), {})
+    pieces = [_values(link, tokens) for link in links]
+    sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    values = np.concatenate(pieces)
+    rewards = np.zeros(len(values))
+    rewards[ends - 1] = [link.reward for link in links]
+    # The number of values up to each chain's end; a chain may be empty.
+    marks = np.concatenate([[0], ends])[np.cumsum([0, *(len(chain) for chain in chains)])]
+    found = _recursion(values, rewards, np.diff(marks), settings.gamma, settings.lam)
+    targets = found + values
+    normal = _normalised(found, links, sizes, settings.normalise, tokens)
+    advantages: dict[TurnKey, Number] = dict.fromkeys(turns_of(ledger), 0.0)
     returns: dict[TurnKey, Number] = {}
-    for chain in chains:
-        pieces = [_values(link, tokens) for link in chain]
-        values = np.concatenate(pieces) if pieces else np.zeros(0)
-        ends = np.cumsum([len(piece) for piece in pieces])
-        rewards = np.zeros(len(values))
-        for link, end in zip(chain, ends, strict=True):
-            rewards[end - 1] = link.reward
-        following = np.append(values[1:], 0.0)
-        found = discounted(rewards + settings.gamma * following - values, settings.gamma * settings.lam)
-        for link, end, piece in zip(chain, ends, pieces, strict=True):
-            mine = slice(end - len(piece), end)
-            raw[link.key] = found[mine]
-            target = found[mine] + values[mine]
-            returns[link.key] = target if tokens else float(target[0])
-    normal = _normalised(ledger, raw, settings.normalise, tokens)
-    advantages: dict[TurnKey, Number] = {}
-    for key in turns_of(ledger):
-        if key not in normal:
-            advantages[key] = 0.0
-        else:
-            advantages[key] = normal[key] if tokens else float(normal[key][0])
+    if tokens:
+        for link, end, size in zip(links, ends.tolist(), sizes.tolist(), strict=True):
+            advantages[link.key], returns[link.key] = normal[end - size : end], targets[end - size : end]
+    else:
+        keys = [link.key for link in links]
+        advantages.update(zip(keys, normal.tolist(), strict=True))
+        returns.update(zip(keys, targets.tolist(), strict=True))
     return Credit(advantages, returns)
+
+
+def _recursion(
+    values: NDArray[np.float64], rewards: NDArray[np.float64], lengths: NDArray[np.int64], gamma: float, lam: float
+) -> NDArray[np.float64]:
+    """A_t = δ_t + γλ A_{t+1} within each chain, all chains side by side, aligned at their ends.
+
+    Args:
+        values: of all chains, one after the other.
+        rewards: likewise.
+        lengths: of the chains.
+        gamma: γ.
+        lam: λ.
+    """
+    longest = int(lengths.max())
+    there = np.arange(longest) >= longest - lengths[:, None]
+    before, after, paid = (np.zeros(there.shape) for _ in range(3))
+    before[there], paid[there] = values, rewards
+    after[:, :-1] = before[:, 1:]
+    errors = paid + gamma * after - before
+    found = np.zeros(there.shape)
+    running = np.zeros(len(lengths))
+    for column in range(longest - 1, -1, -1):
+        running = errors[:, column] + gamma * lam * running
+        found[:, column] = running
+    chained: NDArray[np.float64] = found[there]
+    return chained
 
 
 def _values(link: Link, tokens: bool) -> NDArray[np.float64]:
@@ -148,26 +175,23 @@ def _rollout_group(normalise: Normalise, agent: str) -> Hashable | None:
 
 
 def _normalised(
-    ledger: Ledger, raw: Mapping[TurnKey, NDArray[np.float64]], normalise: Normalise, tokens: bool
-) -> Mapping[TurnKey, NDArray[np.float64]]:
+    found: NDArray[np.float64],
+    links: Sequence[Link],
+    sizes: NDArray[np.int64],
+    normalise: Normalise,
+    tokens: bool,
+) -> NDArray[np.float64]:
     """Statistics run over what was chosen: forced tokens have values but carry no loss."""
     if normalise is Normalise.NONE:
-        return raw
-    chosen: dict[Hashable, list[NDArray[np.float64]]] = {}
-    for key, found in raw.items():
-        if tokens:
-            found = found[np.array(ledger[key.episode].strands[key.agent].sampled[key.index], dtype=bool)]
-        chosen.setdefault(_rollout_group(normalise, key.agent), []).append(found)
-    statistics = {group: _mean_and_spread(np.concatenate(pieces)) for group, pieces in chosen.items()}
-    normal: dict[TurnKey, NDArray[np.float64]] = {}
-    for key, found in raw.items():
-        mean, spread = statistics[_rollout_group(normalise, key.agent)]
-        normal[key] = (found - mean) / (spread + EPSILON) if spread else np.zeros_like(found)
+        return found
+    groups = np.repeat(np.array([str(_rollout_group(normalise, link.key.agent)) for link in links]), sizes)
+    chosen = np.ones(len(found), dtype=bool)
+    if tokens:
+        chosen = np.concatenate([np.array(link.strand.sampled[link.key.index], dtype=bool) for link in links])
+    normal = np.zeros_like(found)
+    for group in np.unique(groups):
+        mine = groups == group
+        counted = found[mine & chosen]
+        if len(counted) and np.ptp(counted) > 0:  # a single number, or equal ones, are nothing to compare
+            normal[mine] = (found[mine] - counted.mean()) / (counted.std(ddof=1) + EPSILON)
     return normal
-
-
-def _mean_and_spread(found: NDArray[np.float64]) -> tuple[float, float]:
-    """Spread 0 for a single number or equal ones."""
-    if len(found) < 2 or np.ptp(found) == 0:
-        return 0.0, 0.0
-    return float(found.mean()), float(found.std(ddof=1))

@@ -140,27 +140,23 @@ def _strand(
     )
     if values is None or not any(sampled):
         return Strand(agent, paid, sampled)
-    first: list[float] = []
-    per_token: list[NDArray[np.float64]] = []
+    where = f"of {agent!r} in group {episode.group}"
+    given: list[Number] = []
     for index, tokens in enumerate(sampled):
         key = TurnKey(position, agent, index)
         if key not in values:
-            raise TrainingError(f"no value for turn {index} of {agent!r} in episode {position}, group {episode.group}")
+            raise TrainingError(f"no value for turn {index} {where}, episode {position}")
         if not tokens:
-            raise TrainingError(f"turn {index} of {agent!r} in group {episode.group} is empty, others are not")
-        value = np.asarray(values[key], dtype=np.float64)
-        if not np.isfinite(value).all():
-            raise TrainingError(f"value {values[key]} at turn {index} of {agent!r} in group {episode.group}")
-        if value.ndim:
-            if value.shape != (len(tokens),):
-                raise TrainingError(
-                    f"{value.size} values for the {len(tokens)} tokens of turn {index} of {agent!r} in group "
-                    f"{episode.group}"
-                )
-            per_token.append(value)
-        first.append(float(value.flat[0]))
-    if per_token and len(per_token) != len(sampled):
-        raise TrainingError(
-            f"{agent!r} in group {episode.group}: values per token at {len(per_token)} of {len(sampled)} turns"
-        )
+            raise TrainingError(f"turn {index} {where} is empty, others are not")
+        value = values[key]
+        if isinstance(value, np.ndarray) and value.shape != (len(tokens),):
+            raise TrainingError(f"{value.size} values for the {len(tokens)} tokens of turn {index} {where}")
+        given.append(value)
+    per_token = [np.asarray(value, dtype=np.float64) for value in given if isinstance(value, np.ndarray)]
+    if per_token and len(per_token) != len(given):
+        raise TrainingError(f"values per token at {len(per_token)} of {len(given)} turns {where}")
+    if not np.isfinite(np.hstack(given)).all():
+        wrong = next(index for index, value in enumerate(given) if not np.isfinite(value).all())
+        raise TrainingError(f"value {given[wrong]} at turn {wrong} {where}")
+    first = [value[0] for value in per_token] or given
     return Strand(agent, paid, sampled, np.array(first, dtype=np.float64), tuple(per_token) or None)
