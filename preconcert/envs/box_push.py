@@ -94,9 +94,12 @@ class BoxPush(Task[BoxPushParams, _State]):
             default_action="stay",
         )
         offsets = (f"{side}{far}" for side in "nsew" for far in range(1, params.view + 1))
-        fixed = ("left", "did", "row", "col", "goal", "unknown", "box", "mate", "walls", "free", "wall", "far", "v0", "h0")
+        fixed = (
+            "left", "did", "row", "col", "goal", "unknown", "box", "mate", "walls", "free", "wall", "far", "v0", "h0",
+            "informed",
+        )  # fmt: skip
         lefts = (str(left) for left in range(self.horizon + 1))
-        self.words = tuple(sorted({*self.agents, *rows, *ACTIONS, *offsets, *lefts, *fixed, "informed"}))
+        self.words = tuple(sorted({*self.agents, *rows, *ACTIONS, *offsets, *lefts, *fixed}))
         self.layout = self._search(lambda: self._draw(rng), _key)
         self.walls = self.layout.walls
         self.direction = str(rng.choice(SIDES))
@@ -161,7 +164,8 @@ class BoxPush(Task[BoxPushParams, _State]):
         success = after == self.goal
         done = success or self._step + 1 == self.horizon
         rewards = dict.fromkeys(self.agents, float(success))
-        return Outcome(_State(moved, after, tuple(actions[agent] for agent in self.agents)), rewards, done, success if done else None, done and not success)
+        state = _State(moved, after, tuple(actions[agent] for agent in self.agents))
+        return Outcome(state, rewards, done, success if done else None, done and not success)
 
     def _pushed(self, actions: Mapping[str, str]) -> str | None:
         """The way the box goes in this step; None where it stays, also when it is pushed two ways at once."""
