@@ -23,6 +23,7 @@ from preconcert.training.recipe import Algorithm, GRPOSettings, Recipe
 from preconcert.training.rows import GrammarTable
 from preconcert.training.run import grpo_config, make_critic, train
 from preconcert.training.source import GameSource
+from preconcert.training.update import Order
 from preconcert.training.warm_start import WarmStartSettings
 from tests.training.teams import AGENTS, LORA, SHAPE, load, starter_checkpoint, weights_of
 
@@ -238,7 +239,7 @@ def test_ppo_is_resumed_to_the_bit(tmp_path: Path, options: dict[str, str]) -> N
     wanted = recipe(
         critic={"warmup_iterations": 1, "model": options.get("critic.model", "shared")}, iterations=5, epochs=2,
         minibatches=2, checkpoint_every=3, hindsight_weight=0.3,
-    ).model_copy(update={"update": recipe().update.model_copy(update={"order": order})})  # fmt: skip
+    ).model_copy(update={"update": recipe().update.model_copy(update={"order": Order(order)})})  # fmt: skip
     wanted = Recipe.model_validate(wanted.model_dump())
     whole = train(wanted, tmp_path / "whole")
     out = tmp_path / "cut"

@@ -53,8 +53,6 @@ class Estimator(BaseModel):
     """Works on ledgers with a critic's values only."""
     branches: ClassVar[bool] = False
     """Made for games that branch off a common moment."""
-    stateful: ClassVar[bool] = False
-    """Remembers something between rollouts."""
     grouped: ClassVar[bool] = True
     """A group of one, or without variance, gives exactly 0."""
 

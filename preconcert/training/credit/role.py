@@ -23,7 +23,6 @@ class RoleCredit(Estimator):
     """Returns less a running baseline per agent (SPIRAL). Its state is the baselines by agent name."""
 
     grouped: ClassVar[bool] = False
-    stateful: ClassVar[bool] = True
 
     type: Literal["role"] = "role"
     decay: float = Field(0.95, ge=0, lt=1)
