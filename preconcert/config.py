@@ -287,9 +287,11 @@ def _unknown_key(path: Sequence[str], model: type[BaseModel], prefix: str, conte
 
 
 def _model_of(model: type[BaseModel], name: str, content: Any = None) -> type[BaseModel] | None:
-    """The model of a field; of a union of models, the one that the content's `type` says."""
+    """The model of a field, also where it may be null; of a union of models, the one that the content's `type` says."""
     field = model.model_fields.get(name)
-    found = field.annotation if field is not None else None
+    found: Any = field.annotation if field is not None else None
+    if len(get_args(found)) == 2 and type(None) in get_args(found):
+        found = next(member for member in get_args(found) if member is not type(None))
     if isinstance(content, Mapping) and "type" in content:
         for member in get_args(found):
             kind = getattr(member, "model_fields", {}).get("type")

@@ -185,14 +185,18 @@ def arms_table(found: Evaluation) -> RenderableType:
     table.add_column("who plays", min_width=16, overflow="fold")
     table.add_column("success\n(95% interval)", justify="right")
     table.add_column("return", justify="right")
-    seats = any(len({f"{each:.2f}" for each in result.measures.returns.values()}) > 1 for result in found.arms)
+    seats = all(result.measures.success_rate is None for result in found.arms)
     exact = any(result.worth is not None for result in found.arms)
     if seats:
         table.add_column("by role", overflow="fold")
     if exact:
         table.add_column("exploitability\n(value)", justify="right")
-    table.add_column("intends right\n(copy-last, chance)", justify="right")
-    table.add_column("foresees right\n(copy-last)", justify="right")
+    intends = any(result.measures.intention_accuracy is not None for result in found.arms)
+    foresees = any(result.measures.forecast_exact_match is not None for result in found.arms)
+    if intends:
+        table.add_column("intends right\n(copy-last, chance)", justify="right")
+    if foresees:
+        table.add_column("foresees right\n(copy-last)", justify="right")
     table.add_column("malformed", justify="right")
     table.add_column("bits\nper turn", justify="right")
     for result in found.arms:
@@ -204,8 +208,8 @@ def arms_table(found: Evaluation) -> RenderableType:
             f"{measures.return_mean:.2f}",
             *([", ".join(f"{name} {each:.2f}" for name, each in measures.returns.items())] if seats else []),
             *([_worth(result.worth)] if exact else []),
-            _rate(measures.intention_accuracy, measures.intention_copy_last, measures.intention_chance),
-            _rate(measures.forecast_exact_match, measures.forecast_copy_last),
+            *([_rate(measures.intention_accuracy, measures.intention_copy_last, measures.intention_chance)] * intends),
+            *([_rate(measures.forecast_exact_match, measures.forecast_copy_last)] * foresees),
             f"{measures.malformed_rate:.1%}" if measures.generated_tokens else "–",
             "–" if measures.message_bits_per_turn is None else f"{measures.message_bits_per_turn:.2f}",
         )
@@ -236,18 +240,21 @@ def _units(found: Evaluation) -> list[str]:
 
 
 def crossplay_table(found: CrossPlay) -> RenderableType:
-    """Rows against columns, and what each is worth where that is known."""
+    """One row each: how it does on the whole and where worst, and what it is worth where that is known."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
-    table.title = f"{found.task}: return of the row's side against the column's"
-    table.add_column("", overflow="fold")
-    for number in range(len(found.labels)):
-        table.add_column(str(number + 1), justify="right")
+    table.title = f"{found.task}: return of one side, the seatings taken together"
+    table.add_column("who plays", overflow="fold")
+    table.add_column("mean", justify="right")
+    table.add_column("lowest", justify="right")
+    table.add_column("against", overflow="fold")
     if found.worth:
         table.add_column("exploitability", justify="right")
-    for row, label in enumerate(found.labels):
-        cells = [f"{value:.2f}" for value in found.returns[row]]
+    for label, returns in zip(found.labels, found.returns, strict=True):
+        worst = int(returns.argmin())
         worth = [f"{found.worth[label].exploitability:.3f}"] if found.worth else []
-        table.add_row(f"{row + 1} {escape(label)}", *cells, *worth)
+        table.add_row(
+            escape(label), f"{returns.mean():.2f}", f"{returns[worst]:.2f}", escape(found.labels[worst]), *worth
+        )
     return table
 
 

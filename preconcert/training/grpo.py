@@ -99,6 +99,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         update: order of agents, level of the ratio, corrections and limits.
         agents: every agent whose rows may be trained; needed for a sequential update, and to tell apart the gradients
             of agents that share an adapter.
+        entropy_end: what `args.entropy_coef` moves to, evenly, until the last iteration; None leaves it.
 
     Raises:
         TrainingError: an adapter to be trained does not exist, or the update does not fit the other settings.
@@ -117,9 +118,11 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         update: UpdateSettings | None = None,
         agents: Sequence[str] = (),
+        entropy_end: float | None = None,
     ) -> None:
         self.update = update or UpdateSettings()
         self.agents = tuple(agents)
+        self.entropy_end = entropy_end
         if self.update.ratio is RatioLevel.TURN and args.beta:
             raise TrainingError("a ratio per turn and a KL term (beta) do not go together: use ratio=token or sequence")
         if self.update.order is Order.SEQUENTIAL:
@@ -376,6 +379,10 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
 
     def _collect(self, iteration: int) -> Rollout:
         """One rollout."""
+        if self.entropy_end is not None:
+            last = max(1, self.args.max_steps // self.steps_per_iteration - 1)
+            done = min(1.0, iteration / last)
+            self.entropy_coef = (1.0 - done) * self.args.entropy_coef + done * self.entropy_end
         rollout = self.source.collect(iteration)
         for name in rollout.restarted:
             for parameter in adapter_parameters(self.accelerator.unwrap_model(self.model), name):

@@ -85,7 +85,9 @@ class GRPOSettings(BaseModel):
     """Weight of the KL term to the warm start."""
     entropy: float = Field(0.0, ge=0)
     """Weight of the mean entropy of the policy's tokens, in reward per token. Against other players it is what keeps
-    policies from chasing each other in circles."""
+    policies from chasing each other in circles, and what keeps alive the actions that are not worth it yet."""
+    entropy_end: float | None = Field(None, ge=0)
+    """The weight moves evenly from `entropy` to this in the course of the run; null leaves it."""
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
     """TRL's loss type."""
     temperature: float = Field(1.0, gt=0)
@@ -213,6 +215,8 @@ class Recipe(BaseModel):
             raise ValueError(f"grpo.credit={credit.type} needs a critic's values: set algorithm=ppo")
         if not credit.needs_values and self.algorithm is Algorithm.PPO:
             raise ValueError(f"grpo.credit={credit.type} does not look at a critic: set algorithm=grpo, or credit=gae")
+        if self.grpo.entropy_end is not None and not self.grpo.entropy:
+            raise ValueError(f"grpo.entropy_end={self.grpo.entropy_end:g} needs a grpo.entropy to begin with")
         if self.update.order is Order.SEQUENTIAL and self.grpo.accumulate > 1:
             raise ValueError(
                 f"update.order=sequential takes one optimiser step per minibatch, not grpo.accumulate="

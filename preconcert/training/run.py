@@ -403,6 +403,7 @@ def _reinforce(
         "callbacks": [_IterationLog(out / "log.jsonl", reporter, rank)],
         "update": recipe.update,
         "agents": tuple(agent for agent, name in assignment.items() if name in trainable),
+        "entropy_end": settings.entropy_end,
     }
     kind: type[MultiAgentGRPOTrainer] = MultiAgentGRPOTrainer
     if critic is not None:

@@ -28,7 +28,7 @@ def recipe(iterations: int = 5, **league: Any) -> Recipe:
     """Kuhn poker with a league; small, but every part of it happens."""
     small = recipe_of(
         iterations=iterations, seeds=12, group=2, minibatches=2, checkpoint_every=2, lr=0.02, entropy=0.1,
-        policy_spans=("act",), credit={"type": "loo"},
+        entropy_end=0.02, policy_spans=("act",), credit={"type": "loo"},
     )  # fmt: skip
     wanted = {"mode": "crossplay", "every": 1, "size": 2, "scripts": ["honest"], "sampler": "rating", **league}
     return Recipe(
@@ -231,6 +231,13 @@ def test_a_run_keeps_its_past(whole: Path) -> None:
         warm = weights(whole / "warm")[name]
         assert any(bool((warm[key] != trained[name][key]).any()) for key in warm)
     assert not list(whole.glob("checkpoints/*/*@*")), "checkpoints hold the learners alone"
+
+
+def test_the_entropy_bonus_moves_evenly(whole: Path) -> None:
+    found = [line["entropy_coef"] for line in log_of(whole)]
+    assert found == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+    with pytest.raises(ValidationError, match=r"needs a grpo\.entropy"):
+        Recipe(task="kuhn", grpo={"entropy_end": 0.1})  # type: ignore[arg-type]
 
 
 def test_who_played_is_on_record(whole: Path) -> None:
