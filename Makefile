@@ -3,7 +3,7 @@
 #   make run     train the rendezvous team from nothing, evaluate it and watch it play
 #   make test    lint, type-check and run the tests (without the slow and GPU ones)
 #   make lint    ruff and mypy only
-#   make bench   the speed comparisons
+#   make bench   the speed comparisons (ARGS=--save keeps the table)
 #   make clean   remove what these targets made, except runs/
 #
 # Another interpreter: `PYTHON=python3.12 make run` (3.11 or newer).
@@ -46,7 +46,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready-run
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

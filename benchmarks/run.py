@@ -414,12 +414,16 @@ def table(found: Sequence[dict[str, Any]], scale: Scale) -> str:
     for row in found:
         sign = "≥" if row["target_is"] == "at least" else "≤"
         lines.append(
-            f"| {row['comparison']} | {row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f}) "
+            f"| {row['comparison']} | {_short(row['ratio'])} ({_short(row['ratio_min'])}–{_short(row['ratio_max'])}) "
             f"| {sign} {row['target']:g} | {'yes' if row['met'] else 'NO'} "
-            f"| {row['ours_ms']:.2f} ms/{row['unit']} | {row['other_ms']:.2f} ms/{row['unit']} "
+            f"| {_short(row['ours_ms'])} ms/{row['unit']} | {_short(row['other_ms'])} ms/{row['unit']} "
             f"| {row['ours_peak_mib']:.0f} MiB | {row['other_peak_mib']:.0f} MiB |"
         )
     return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
 
 
 def main(arguments: Sequence[str]) -> None:
