@@ -93,7 +93,7 @@ def train(
     rank, world = _process()
     env = make_env(recipe.task, recipe.params, 0, "train")
     assignment = assign(recipe, env)
-    _check(recipe, env)
+    _check(recipe, env, assignment)
     prepare_folder(recipe, out, resume, rank)
     names = adapter_names(recipe, assignment)
     trainable = tuple(name for name in names if name not in recipe.frozen)
@@ -144,14 +144,15 @@ def assign(recipe: Recipe, env: Env) -> dict[str, str]:
     return assignment
 
 
-def _check(recipe: Recipe, env: Env) -> None:
+def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
     """What can be known to fail before anything is made."""
     if recipe.model != STARTER:
         check_model_name(recipe.model)
-    if recipe.update.order is Order.SEQUENTIAL and recipe.grpo.minibatches % len(env.agents):
+    learning = sum(name not in recipe.frozen for name in assignment.values())
+    if recipe.update.order is Order.SEQUENTIAL and learning and recipe.grpo.minibatches % learning:
         raise ConfigError(
-            f"update.order=sequential: grpo.minibatches={recipe.grpo.minibatches} is no multiple of the "
-            f"{len(env.agents)} agents"
+            f"update.order=sequential: grpo.minibatches={recipe.grpo.minibatches} is no multiple of the {learning} "
+            "agents that learn"
         )
 
 

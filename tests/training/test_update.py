@@ -438,6 +438,7 @@ def test_later_agents_advantages_carry_the_earlier_ones_ratios(
     mine = sorted(
         float(a) for p in pieces for a in p["advantages"][(p["tool_mask"] * p["completion_mask"]).bool()]
     )
+    assert len({round(value, 4) for value in mine}) > 6, "the same number everywhere would compare anything"
     difference = max(abs(a - b) for a, b in zip(mine, expected, strict=True))
     print(f"{context.value}: factors {min(factor.values()):.2f} to {max(factor.values()):.2f}, "
           f"advantages differ by at most {difference:.1e}")  # fmt: skip
