@@ -201,7 +201,7 @@ def _course(plan: Plan, readings: Readings, task: str) -> ReportTable:
             "environment steps", "generated tokens", "training seconds",
         ),
         tuple(rows),
-        "Means over seeds. Gradient norms are those that were logged: one per iteration, of its last step. Seconds are "
+        "Means over seeds. Spikes are counted among iterations, each by the largest gradient of its steps. Seconds are "
         "clock time beside other cells on the same machine, without the warm start.",
     )  # fmt: skip
 
@@ -350,7 +350,7 @@ CREDIT = Experiment(
         "credit. An arm that loses here might win with settings of its own.",
         "Environment steps are matched approximately, as the tables show. Held-out figures are those after the last "
         "iteration; the figure at the common budget is of sampled play on training instances.",
-        "Gradient spikes are counted among the norms that are logged, one per iteration.",
+        "Gradient spikes are counted once per iteration, by the largest gradient of its steps.",
         "Percentile intervals from five seeds are known to be somewhat too narrow.",
     ),
 )

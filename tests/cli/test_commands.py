@@ -157,6 +157,16 @@ def test_play(run_command: Command, run: Path, mode: str) -> None:
             assert view["says"] in shown
 
 
+def test_diagnose_reads_the_log_and_writes_a_page(run_command: Command, run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "diagnostics.html"
+    found = json.loads(run_command("diagnose", run, "--out", file, "--json").stdout)
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert found["iterations"] == len(entries)
+    assert found["environment_steps"] == sum(entry["environment_steps"] for entry in entries)
+    assert sum(found["gradient_share"].values()) == pytest.approx(1.0)
+    assert "data:image/png;base64," in file.read_text()
+
+
 def test_watch_writes_one_page_that_loads_nothing(run_command: Command, run: Path, tmp_path: Path) -> None:
     assert run_command("watch", run, "--episodes", "3").stdout == f"{run / 'replay.html'}\n"
     html = (run / "replay.html").read_text()

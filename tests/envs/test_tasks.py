@@ -330,3 +330,11 @@ def test_box_push_horizon_cuts_off() -> None:
     results = [env.step(dict.fromkeys(env.agents, "stay")) for _ in range(env.horizon)]
     assert (results[-1].done, results[-1].success, results[-1].truncated) == (True, False, True)
     assert issubclass(type(env), Task)
+
+
+def test_box_push_agents_read_what_they_tried_last() -> None:
+    env = instance("box-push", 0)
+    words = {agent: seen.text.split() for agent, seen in env.reset().items()}
+    assert all(text[2:4] == ["did", "stay"] for text in words.values())
+    after = env.step({"agent_0": "north", "agent_1": "west"}).observations
+    assert [after[agent].text.split()[2:4] for agent in env.agents] == [["did", "north"], ["did", "west"]]
