@@ -4,6 +4,7 @@ An `Env` shows each agent an `Observation`; a `Policy` answers with `Turn`s (wha
 does, as sampled tokens); finished play is an `Episode` of `Trajectory` by agent name. Finished data is frozen.
 """
 
+from preconcert.core.candidate import Candidate, Move
 from preconcert.core.episode import Episode, StopReason, Trajectory
 from preconcert.core.errors import (
     ConfigError,
@@ -17,11 +18,12 @@ from preconcert.core.errors import (
     UnknownNameError,
     nearest,
 )
+from preconcert.core.foresight import ImaginedStep, Judgement, Outcome, Planner, WorldModel
 from preconcert.core.intention import Forecast, Intention
 from preconcert.core.language import Slot, TaskLanguage, Truth
 from preconcert.core.message import Message
 from preconcert.core.observation import Observation, StepResult
-from preconcert.core.protocols import Codec, Env, Imagined, Planner, Player, Policy, TurnRequest, WorldModel
+from preconcert.core.protocols import Codec, Env, Player, Policy, TurnRequest
 from preconcert.core.seeds import derive_seed, uniforms
 from preconcert.core.store import (
     StoredEpisodes,
@@ -32,12 +34,13 @@ from preconcert.core.store import (
     parse_episode,
 )
 from preconcert.core.turn import Decision, Span, SpanKind, Turn
+from preconcert.core.view import View, ViewField
 
 __all__ = [
-    "Codec", "ConfigError", "Decision", "Env", "EnvError", "Episode", "Forecast", "GateError", "GrammarError",
-    "Imagined", "Intention", "Message", "ModelError", "Observation", "Planner", "Player", "Policy", "PreconcertError",
-    "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage",
-    "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "WorldModel",
-    "append_episodes", "derive_seed", "dump_episode", "keep_episodes_before", "load_episodes", "nearest",
-    "parse_episode", "uniforms",
+    "Candidate", "Codec", "ConfigError", "Decision", "Env", "EnvError", "Episode", "Forecast", "GateError",
+    "GrammarError", "ImaginedStep", "Intention", "Judgement", "Message", "ModelError", "Move", "Observation",
+    "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Slot", "Span", "SpanKind", "StepResult",
+    "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn",
+    "TurnRequest", "UnknownNameError", "View", "ViewField", "WorldModel", "append_episodes", "derive_seed",
+    "dump_episode", "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from preconcert.core.view import View
+
 
 class Truth(StrEnum):
     """Where the true value of a message slot is known from once the episode is over."""
@@ -41,3 +43,5 @@ class TaskLanguage:
     """The rewards of one step as words, e.g. `("0", "1")`; empty: rewards are not foretold."""
     default_action: str = ""
     """The action taken for a turn that cannot be parsed; empty means the first legal one."""
+    view: View | None = None
+    """What an observation's text consists of; None: words of any kind."""

@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from preconcert.core.intention import Forecast, Intention
 from preconcert.core.language import TaskLanguage
 from preconcert.core.message import Message
 from preconcert.core.observation import Observation, StepResult
@@ -99,37 +98,6 @@ class Policy(Protocol):
 
     def finish(self, episode: str) -> None:
         """The episode is over: what is held for it can be let go."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Imagined:
-    """One imagined future of one agent."""
-
-    forecasts: tuple[Forecast, ...]
-    """One per imagined step."""
-    intentions: tuple[tuple[Intention, ...], ...]
-    """What the others were imagined to do, per step."""
-    rewards: tuple[float, ...]
-    uncertainty: float
-    """Disagreement between samples of the same future; 0 where the model is sure."""
-
-
-class WorldModel(Protocol):
-    """Imagines what follows from planned actions."""
-
-    def imagine(
-        self, requests: Sequence[TurnRequest], plans: Sequence[Sequence[str]], samples: int, seed: int
-    ) -> list[list[Imagined]]:
-        """For each request, `samples` futures in which the agent carries out its plan, one action per step."""
-        ...
-
-
-class Planner(Protocol):
-    """Chooses by search in a world model."""
-
-    def plan(self, requests: Sequence[TurnRequest]) -> list[Decision]:
-        """One decision per request, in order."""
         ...
 
 

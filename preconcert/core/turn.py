@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from preconcert.core.candidate import Candidate
 from preconcert.core.intention import Forecast, Intention
 from preconcert.core.message import Message
 from preconcert.core.observation import Observation
@@ -70,3 +71,5 @@ class Turn:
     adapter: str | None = None
     """The adapter that wrote it, or `script:NAME` where the episode's cast names a script; None for the base model and
     for a scripted policy."""
+    candidates: tuple[Candidate, ...] = ()
+    """What a planner weighed before this turn was taken, best first; empty without a planner."""

@@ -10,13 +10,17 @@ import pytest
 
 import preconcert.core as core
 from preconcert.core import (
+    Candidate,
     Decision,
     Episode,
     Forecast,
-    Imagined,
+    ImaginedStep,
     Intention,
+    Judgement,
     Message,
+    Move,
     Observation,
+    Outcome,
     Slot,
     Span,
     SpanKind,
@@ -27,6 +31,8 @@ from preconcert.core import (
     Trajectory,
     Turn,
     TurnRequest,
+    View,
+    ViewField,
 )
 
 OBSERVATION = Observation("a", "a corner", ("wait",), 0)
@@ -37,10 +43,16 @@ EPISODE = Episode("signal", {}, 0, "test", "g", 0, -1, {"a": TRAJECTORY}, True, 
 LANGUAGE = TaskLanguage(("wait",))
 
 RECORDS: list[Any] = [
+    Candidate("wait", None, 1.0, 1.0, 0.0, 0.0, 1, True, ("left 1",), (Move("wait"),), (1.0,)),
     Decision("wait"),
     EPISODE,
     FORECAST,
-    Imagined((FORECAST,), ((),), (0.0,), 0.0),
+    Judgement(0.1, 0.9, 0.2, {"b": {"wait": 1.0}}),
+    Move("wait", "hello", {"b": "wait"}),
+    Outcome(OBSERVATION, {"b": "wait"}, 1.0, True),
+    View((ViewField("left", ("0", "1"), "left", number=True),)),
+    ViewField("left", ("0", "1"), "left", number=True),
+    ImaginedStep(None, (), {"b": "wait"}, 0.0, True, None, None, True),
     Intention("b", ("wait",), 1.0),
     LANGUAGE,
     Message("a", ("b",), "hello", 1.0, 1, 0),
