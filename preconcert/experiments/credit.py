@@ -56,11 +56,12 @@ def arm_name(estimator: str, adapters: str, scaled: bool = False) -> str:
     return f"{estimator}{'-scaled' if scaled else ''}.{adapters}"
 
 
-def arms(branching: Mapping[str, int]) -> tuple[ExperimentArm, ...]:
+def arms(branching: Mapping[str, int], scaled_on: tuple[str, ...] = ()) -> tuple[ExperimentArm, ...]:
     """The warm start alone, every estimator with both kinds of adapters, and the sub-study.
 
     Args:
         branching: by task, `grpo.seeds` of agent × turn, such that it plays about as many steps as the others.
+        scaled_on: the tasks of the sub-study; empty means all.
     """
     fewer = {task: {"grpo.seeds": seeds} for task, seeds in branching.items()}
     found = [ExperimentArm(WARM, "warm start alone", {"grpo.iterations": 0, "adapters": "shared"})]
@@ -77,6 +78,7 @@ def arms(branching: Mapping[str, int]) -> tuple[ExperimentArm, ...]:
                 arm_name(name, adapters, True),
                 f"{ESTIMATORS[name][0]}, {place}, rewards 1:10",
                 {**ESTIMATORS[name][1], **kind, **SCALED},
+                tasks=scaled_on,
             )
             for name in SCALED_ESTIMATORS
         ]
@@ -294,7 +296,7 @@ SMOKE = Plan(
 _BOX_PUSH: Mapping[str, Any] = {"hindsight_weight": 0.1}
 """As in the task's recipe."""
 STANDARD = Plan(
-    arms=arms({"rendezvous": 2, "box-push": 1}),
+    arms=arms({"rendezvous": 2, "box-push": 1}, scaled_on=("rendezvous",)),
     tasks=(
         ExperimentTask(
             "rendezvous",
