@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from preconcert.core import ConfigError
 from preconcert.envs import make_env
@@ -73,6 +75,7 @@ def run_cells(
     keys = {cell.digest: _warm_key(cell) for cell in pending}
     cache = WarmCache(out / WARM)
     active: dict[str, subprocess.Popen[bytes]] = {}
+    before = _stop_on_terminate()
     try:
         while pending or active:
             while pending and len(active) < jobs:
@@ -94,7 +97,20 @@ def run_cells(
                 reporter.update(done, failed, total, [_progress(folders[digest]) for digest in active])
     finally:
         _stop(list(active.values()))
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return [read_cell(cell, folders[cell.digest]) for cell in cells]
+
+
+def _stop_on_terminate() -> Any:
+    """Let SIGTERM end this process by an exception, so that it takes its cells along; the handler there was before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 def read_cell(cell: Cell, folder: Path) -> CellResult:

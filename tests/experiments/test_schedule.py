@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -79,6 +80,20 @@ def test_the_schedule_stops_its_processes(tmp_path: Path) -> None:
     assert time.monotonic() - before < 55
     (folder,) = tmp_path.glob("cells/*")
     assert not (folder / FOUND).exists()
+
+
+def test_a_terminated_schedule_takes_its_processes_along(tmp_path: Path) -> None:
+    class Terminated:
+        def update(self, done: int, failed: int, total: int, running: Sequence[Running]) -> None:
+            if running and running[0].stage == "thinking":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    held = signal.getsignal(signal.SIGTERM)
+    before = time.monotonic()
+    with pytest.raises(SystemExit):
+        run_cells(cells_of(experiment(5), Scale.SMOKE), tmp_path, 1, Terminated())
+    assert time.monotonic() - before < 55
+    assert signal.getsignal(signal.SIGTERM) is held
 
 
 def test_two_processes_do_not_share_a_cell(tmp_path: Path) -> None:
