@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from preconcert.core import Observation, Player, Slot, TaskLanguage, Truth
+from preconcert.core import Observation, Player, Slot, TaskLanguage, Truth, View, ViewField
 from preconcert.envs.box_push_players import BoxPushExpert, BoxPushScript
 from preconcert.envs.grid import (
     ACTIONS,
@@ -20,9 +20,11 @@ from preconcert.envs.grid import (
     distances,
     draw_board,
     inside,
+    offset,
     shift,
     walk,
 )
+from preconcert.envs.grid_view import cell_fields, number_field, offset_fields, wall_fields
 from preconcert.envs.registry import register
 from preconcert.envs.task import Outcome, Task, TaskParams
 
@@ -92,6 +94,7 @@ class BoxPush(Task[BoxPushParams, _State]):
             forecast=(Slot("row", rows), Slot("col", rows)),
             rewards=("0", "1"),
             default_action="stay",
+            view=_view(params),
         )
         offsets = (f"{side}{far}" for side in "nsew" for far in range(1, params.view + 1))
         fixed = (
@@ -135,8 +138,8 @@ class BoxPush(Task[BoxPushParams, _State]):
             for other, cell in zip(self.agents, self._state.agents, strict=True)
             if other != agent and chebyshev(here, cell) <= self.params.view
         ]
-        box = _offset(here, self._state.box, self.params.view)
-        mate = _offset(here, min(mates)[2], self.params.view) if mates else "far far"
+        box = offset(here, self._state.box, self.params.view)
+        mate = offset(here, min(mates)[2], self.params.view) if mates else "far far"
         sides = (walk(here, side, self.params.size, self.walls) == here for side in SIDES)
         walls = " ".join("wall" if shut else "free" for shut in sides)
         known = self.direction if agent == self.informed else "unknown"
@@ -224,16 +227,25 @@ class BoxPush(Task[BoxPushParams, _State]):
         return BoxPushExpert() if kind == "expert" else BoxPushScript()
 
 
+def _view(params: BoxPushParams) -> View:
+    """The parts of what an agent reads.
+
+    The next cell follows from the view for two agents without walls only: whether the box gives way may depend on a
+    wall beyond it, and in larger teams on agents out of view.
+    """
+    return View(
+        (
+            number_field("left", params.horizon, determined=True),
+            ViewField("did", ACTIONS, "did", determined=True),
+            *cell_fields(params.size, determined=params.agents == 2 and params.walls == 0),
+            ViewField("goal", (*SIDES, "unknown"), "goal", determined=True),
+            *offset_fields("box", params.view),
+            *offset_fields("mate", params.view),
+            *wall_fields(SIDES),
+        )
+    )
+
+
 def _key(layout: _Layout) -> str:
     walls = " ".join(f"wall {row} {column}" for row, column in sorted(layout.walls))
     return f"box {layout.box[0]} {layout.box[1]} {walls}".rstrip()
-
-
-def _offset(here: Cell, there: Cell, view: int) -> str:
-    """Two words, e.g. `n2 w1`; `far far` out of view."""
-    if chebyshev(here, there) > view:
-        return "far far"
-    down, right = there[0] - here[0], there[1] - here[1]
-    vertical = f"n{-down}" if down < 0 else f"s{down}" if down > 0 else "v0"
-    horizontal = f"w{-right}" if right < 0 else f"e{right}" if right > 0 else "h0"
-    return f"{vertical} {horizontal}"

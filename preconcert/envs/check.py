@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from preconcert.core import Env, EnvError, Observation, Slot, StepResult, TaskLanguage
+from preconcert.envs.check_view import Seen, check_determined, check_view, check_view_text, check_words
 from preconcert.envs.task import Variety
 
 _MEMBERS = ("agents", "horizon", "language", "reset", "step", "state", "snapshot", "restore", "legal_actions")
@@ -26,6 +27,11 @@ class _Trace:
     actions: list[dict[str, str]] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
+
+    def steps(self) -> list[tuple[Mapping[str, Observation], Mapping[str, str], Mapping[str, Observation]]]:
+        """Views before, joint action and views after, step by step."""
+        views = [self.first, *(result.observations for result in self.results)]
+        return list(zip(views, self.actions, views[1:], strict=False))
 
 
 def check_env(make: Callable[[int], Env], seeds: Sequence[int] = (0, 1, 2)) -> list[str]:
@@ -44,6 +50,7 @@ def check_env(make: Callable[[int], Env], seeds: Sequence[int] = (0, 1, 2)) -> l
     checked: list[str] = []
     global_before = _global_random_state()
     traces = []
+    seen: Seen = {}
     varies = True
     for seed in seeds:
         env = make(seed)
@@ -54,6 +61,8 @@ def check_env(make: Callable[[int], Env], seeds: Sequence[int] = (0, 1, 2)) -> l
         _check_same(trace, _play(make(seed), seed, _again(trace)), f"two plays of seed {seed} with the same actions")
         _check_snapshot(make, seed, trace)
         _check_refusals(make(seed), seed)
+        if env.language.view is not None:
+            check_determined(env.language.view, trace.steps(), seen)
         traces.append(trace)
     if _global_random_state() != global_before:
         raise EnvError("the environment draws from the global random state; use np.random.default_rng(seed)")
@@ -62,6 +71,7 @@ def check_env(make: Callable[[int], Env], seeds: Sequence[int] = (0, 1, 2)) -> l
         warnings.warn(f"seeds {list(seeds)} all start with the same views", stacklevel=2)
     checked += [
         "members of the protocol", "agents, horizon and language", "views: types, legal actions, forecast fields",
+        "a declared view reads every text, and its determined fields are",
         "rewards and the end", "same seed and actions, same episode", "snapshot and restore", "refusals", "states",
         "global random state untouched",
     ]
@@ -90,7 +100,7 @@ def _check_members(env: Env) -> None:
 
 
 def _check_language(language: TaskLanguage) -> None:
-    _check_words("language.actions", language.actions)
+    check_words("language.actions", language.actions)
     for part, slots in (("message", language.message), ("forecast", language.forecast)):
         names = [slot.name for slot in slots]
         if len(set(names)) != len(names):
@@ -98,25 +108,15 @@ def _check_language(language: TaskLanguage) -> None:
         for slot in slots:
             if not isinstance(slot, Slot):
                 raise EnvError(f"language.{part} must hold Slots, not {slot!r}")
-            _check_words(f"language.{part} slot {slot.name!r}", slot.choices)
+            check_words(f"language.{part} slot {slot.name!r}", slot.choices)
     if language.default_action and language.default_action not in language.actions:
         raise EnvError(f"language.default_action {language.default_action!r} is not one of {language.actions!r}")
     if language.rewards:
-        _check_words("language.rewards", language.rewards)
+        check_words("language.rewards", language.rewards)
         for word in language.rewards:
             if _number(word) is None:
                 raise EnvError(f"language.rewards: {word!r} is not a number")
-
-
-def _check_words(what: str, words: Sequence[str]) -> None:
-    """A non-empty tuple of unique words without white space."""
-    if not isinstance(words, tuple) or not words:
-        raise EnvError(f"{what} must be a non-empty tuple of words, not {words!r}")
-    for word in words:
-        if not isinstance(word, str) or not word or word.split() != [word]:
-            raise EnvError(f"{what}: {word!r} is not a word without white space")
-    if len(set(words)) != len(words):
-        raise EnvError(f"{what} must be unique: {words!r}")
+    check_view(language)
 
 
 def _check_views(env: Env, views: Mapping[str, Observation], step: int, over: bool) -> None:
@@ -141,8 +141,9 @@ def _check_views(env: Env, views: Mapping[str, Observation], step: int, over: bo
                 raise EnvError(f"{where}: fields lack the forecast slot {slot.name!r}")
             if view.fields[slot.name] not in slot.choices:
                 raise EnvError(f"{where}: field {slot.name!r} = {view.fields[slot.name]!r} is not in {slot.choices!r}")
+        check_view_text(env.language, view, where)
         if not over:
-            _check_words(f"{where}: legal_actions", view.legal_actions)
+            check_words(f"{where}: legal_actions", view.legal_actions)
             unknown = [action for action in view.legal_actions if action not in env.language.actions]
             if unknown:
                 raise EnvError(f"{where}: legal actions {unknown!r} are not in language.actions")

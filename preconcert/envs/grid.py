@@ -85,6 +85,16 @@ def after_next(sign: str) -> str:
     return name[5:] if name.startswith(("north", "south")) and len(name) > 5 else "stay"
 
 
+def offset(here: Cell, there: Cell, view: int) -> str:
+    """Where `there` lies in two words, rows before columns, e.g. `n2 w1`; `far far` beyond `view` rows or columns."""
+    if chebyshev(here, there) > view:
+        return "far far"
+    down, right = there[0] - here[0], there[1] - here[1]
+    vertical = f"n{-down}" if down < 0 else f"s{down}" if down > 0 else "v0"
+    horizontal = f"w{-right}" if right < 0 else f"e{right}" if right > 0 else "h0"
+    return f"{vertical} {horizontal}"
+
+
 def distances(goal: Cell, size: int, blocked: Collection[Cell]) -> dict[Cell, int]:
     """Moves from every cell that can reach `goal` without entering a blocked cell."""
     found = {goal: 0}

@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 import numpy as np
 from pydantic import Field
 
-from preconcert.core import Decision, Env, Message, Observation, Player, Slot, TaskLanguage, Truth
+from preconcert.core import Decision, Env, Message, Observation, Player, Slot, TaskLanguage, Truth, View, ViewField
 from preconcert.envs.grid import (
     ACTIONS,
     SIGNS,
@@ -21,6 +21,7 @@ from preconcert.envs.grid import (
     toward,
     walk,
 )
+from preconcert.envs.grid_view import cell_fields, number_field
 from preconcert.envs.registry import register
 from preconcert.envs.task import Outcome, Task, TaskParams
 
@@ -65,6 +66,7 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
             forecast=(Slot("row", rows), Slot("col", rows)),
             rewards=("0", "1"),
             default_action="stay",
+            view=_view(params),
         )
         lefts = (str(left) for left in range(self.horizon + 1))
         fixed = ("left", "row", "col", "open", "unknown", "informed")
@@ -144,6 +146,23 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
     @classmethod
     def _player(cls, kind: str) -> Player:
         return RendezvousExpert() if kind == "expert" else RendezvousScript()
+
+
+def _view(params: RendezvousParams) -> View:
+    """The parts of what an agent reads.
+
+    A landmark's sign does not follow from the view: a plain `north` turns into `near_north` after as many steps as the
+    landmark is away, which only the earlier views tell.
+    """
+    names = NAMES[: params.landmarks]
+    return View(
+        (
+            number_field("left", params.horizon, determined=True),
+            *cell_fields(params.size, determined=True),
+            ViewField("open", (*names, "unknown"), "open", determined=True),
+            *(ViewField(name, SIGNS, name) for name in names),
+        )
+    )
 
 
 def _key(landmarks: Sequence[Cell]) -> str:

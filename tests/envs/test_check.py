@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preconcert.core import EnvError, Observation, Slot, StepResult, TaskLanguage
+from preconcert.core import EnvError, Observation, Slot, StepResult, TaskLanguage, View, ViewField
 from preconcert.envs import Rendezvous, check_env, make_env, tasks
 from tests.envs.playing import EXAMPLES
 
@@ -51,6 +51,10 @@ class Broken(Rendezvous):
         return self.bend_result(super().step(actions))
 
 
+def viewed(*fields: ViewField) -> TaskLanguage:
+    return TaskLanguage(("go",), view=View(fields))
+
+
 def build(**members: Any) -> Callable[[int], Any]:
     kind = type("Bent", (Broken,), members)
     return lambda seed: kind({}, seed)
@@ -69,7 +73,9 @@ def build(**members: Any) -> Callable[[int], Any]:
         (lambda view: replace(view, legal_actions=("stay",)), "but env.legal_actions gives"),
         (lambda view: replace(view, sees=("bob",)), r"sees \['bob'\], not among the other agents"),
         (lambda view: view.text, "must be an Observation, not str"),
-        (lambda view: replace(view, text=view.text + str(next(COUNT))), "start with different views"),
+        (lambda view: replace(view, text=f"left {next(COUNT) % 7} {view.text[7:]}"), "start with different views"),
+        (lambda view: replace(view, text=view.text + " on"), "language.view does not read .*: view: 'on' is left over"),
+        (lambda view: replace(view, text=" " + view.text), "language.view writes 'left 8"),
     ],
 )
 def test_broken_views_are_named(bend: Callable[[Observation], Any], finding: str) -> None:
@@ -120,6 +126,13 @@ def test_broken_members_are_named(members: dict[str, Any], finding: str) -> None
         ("language", TaskLanguage(("go",), default_action="gone"), "default_action 'gone' is not one of"),
         ("language", TaskLanguage(("go",), rewards=("much",)), "language.rewards: 'much' is not a number"),
         ("language", TaskLanguage(("go",), (Slot("x", ("a",)), Slot("x", ("b",)))), "slot names must be unique"),
+        ("language", TaskLanguage(("go",), view="left 3"), "language.view must be a View with fields or None"),
+        ("language", viewed(ViewField("x", ("a",)), ViewField("x", ("b",))), "field names must be unique"),
+        ("language", viewed(ViewField("x", ("a", "a"))), "language.view field 'x' must be unique"),
+        ("language", viewed(ViewField("x", ("1", "2"), number=True)), "choices must be 0, 1, ... in order"),
+        ("language", viewed(ViewField("x", ("a", "b"), places=(0.0,))), "1 places for 2 choices"),
+        ("language", viewed(ViewField("x", ("a", "b"), places=(0.0, 2.0))), "places must be from 0 to 1"),
+        ("language", viewed(ViewField("x", ("a",), "two  blanks")), "must be words with single spaces"),
     ],
 )
 def test_broken_attributes_are_named(name: str, value: Any, finding: str) -> None:
@@ -130,6 +143,28 @@ def test_broken_attributes_are_named(name: str, value: Any, finding: str) -> Non
 
     with pytest.raises(EnvError, match=finding):
         check_env(make)
+
+
+def test_a_forecast_field_that_contradicts_the_text_is_named() -> None:
+    def lie(view: Observation) -> Observation:
+        return replace(view, fields={**view.fields, "row": "0" if view.fields["row"] != "0" else "1"})
+
+    with pytest.raises(EnvError, match=r"row is '\d' in the text, but '\d' in fields"):
+        check_env(build(bend_view=staticmethod(lie)))
+
+
+def test_a_field_that_is_not_determined_is_named() -> None:
+    def late(view: Observation) -> Observation:
+        return replace(view, text=f"luck {view.fields['row'] if view.step > 3 else 0}")
+
+    def make(seed: int) -> Any:
+        env = build(bend_view=staticmethod(late))(seed)
+        luck = ViewField("luck", tuple("01234"), "luck", number=True, determined=True)
+        env.language = replace(env.language, view=View((luck,)))
+        return env
+
+    with pytest.raises(EnvError, match="field 'luck' claims to be determined, but after 'luck 0' of 'agent_0'"):
+        check_env(make, range(60))
 
 
 def test_missing_members_are_named() -> None:
