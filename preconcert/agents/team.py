@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -56,13 +56,19 @@ class AgentSettings(BaseModel):
     """Tokens per turn at the most, where the grammar does not bound them."""
 
 
-@dataclass(slots=True)
-class _Thread:
+@dataclass(frozen=True, slots=True)
+class Memory:
     """What is remembered of one agent in one running episode."""
 
-    actions: list[str] = field(default_factory=list)
+    actions: tuple[str, ...] = ()
+    """What it did, oldest first."""
     ids: tuple[int, ...] = ()
+    """Everything read and written (context `transcript`)."""
     ended_with_eos: bool = True
+    """Did the last completion end with its end-of-sequence token?"""
+
+
+_NOTHING = Memory()
 
 
 class GenerativeTeam:
@@ -101,7 +107,11 @@ class GenerativeTeam:
         """Updates behind adapters that stay as they are, by name; `version` goes for all others."""
         self.format = TurnFormat(model.tokenizer, language, settings.spans, settings.memory)
         self.language = language
-        self._threads: dict[tuple[str, str], _Thread] = {}
+        self.tokens_generated = 0
+        """Tokens written so far, forced ones included."""
+        self.decisions = 0
+        """Turns decided so far; rehearsed ones are none."""
+        self._memories: dict[tuple[str, str], Memory] = {}
 
     def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         """One turn per request, from a single batch.
@@ -110,40 +120,40 @@ class GenerativeTeam:
             UnknownNameError: a request for an agent that the team does not have, or for an adapter that the model does
                 not have.
         """
-        prompts = [self._prompt(request) for request in requests]
-        transcript = self.settings.context is Context.TRANSCRIPT
-        completions = self.model.generate(
-            [
-                GenerateRequest(
-                    prompt_ids=prompt,
-                    seed=request.seed,
-                    adapter=self.adapter_of(request),
-                    automaton=self.format.automaton(request.others, request.observation.legal_actions)
-                    if self.settings.constrained
-                    else None,
-                    max_tokens=self.settings.max_tokens,
-                    temperature=self.temperature,
-                    session=f"{request.episode}/{request.agent}" if transcript else None,
-                )
-                for request, prompt in zip(requests, prompts, strict=True)
-            ]
-        )
-        return [
-            self._turn(request, prompt, completion)
-            for request, prompt, completion in zip(requests, prompts, completions, strict=True)
-        ]
+        memories = [self.recall(request.episode, request.agent) for request in requests]
+        answers = self._write(requests, memories, kept=self.settings.context is Context.TRANSCRIPT)
+        self.decisions += len(requests)
+        for request, (_, memory) in zip(requests, answers, strict=True):
+            self.remember(request.episode, request.agent, memory)
+        return [turn for turn, _ in answers]
+
+    def rehearse(self, requests: Sequence[TurnRequest], memories: Sequence[Memory]) -> list[tuple[Turn, Memory]]:
+        """What `decide` would answer with these memories, and what would be remembered then; nothing is kept.
+
+        Raises:
+            UnknownNameError: as `decide`.
+        """
+        return self._write(requests, memories, kept=False)
+
+    def recall(self, episode: str, agent: str) -> Memory:
+        """What is remembered of an agent in a running episode."""
+        return self._memories.get((episode, agent), _NOTHING)
+
+    def remember(self, episode: str, agent: str, memory: Memory) -> None:
+        """Take over what was rehearsed: it has been done."""
+        self._memories[(episode, agent)] = memory
 
     def finish(self, episode: str) -> None:
         """Let go of an episode's memory and caches."""
-        for key in [key for key in self._threads if key[0] == episode]:
-            del self._threads[key]
+        for key in [key for key in self._memories if key[0] == episode]:
+            del self._memories[key]
             self.model.close_session(f"{key[0]}/{key[1]}")
 
     def fork(self, episode: str, name: str) -> None:
         """Give another episode this one's memory. Its caches are not copied: the first prompt is read afresh."""
-        for (held, agent), thread in list(self._threads.items()):
+        for (held, agent), memory in list(self._memories.items()):
             if held == episode:
-                self._threads[(name, agent)] = replace(thread, actions=list(thread.actions))
+                self._memories[(name, agent)] = memory
 
     def version_of(self, adapter: str) -> int:
         """Number of updates behind an adapter."""
@@ -163,17 +173,45 @@ class GenerativeTeam:
             raise UnknownNameError("adapter", request.player, self.model.adapters)
         return request.player
 
-    def _prompt(self, request: TurnRequest) -> tuple[int, ...]:
-        thread = self._threads.setdefault((request.episode, request.agent), _Thread())
-        if thread.ids:
-            return thread.ids + self.format.followup_ids(
-                request.agent, request.observation, request.inbox, request.others, thread.ended_with_eos
+    def _write(
+        self, requests: Sequence[TurnRequest], memories: Sequence[Memory], kept: bool
+    ) -> list[tuple[Turn, Memory]]:
+        """One turn per request, from a single batch; `kept` says whether caches are worth keeping."""
+        prompts = [self._prompt(request, memory) for request, memory in zip(requests, memories, strict=True)]
+        completions = self.model.generate(
+            [
+                GenerateRequest(
+                    prompt_ids=prompt,
+                    seed=request.seed,
+                    adapter=self.adapter_of(request),
+                    automaton=self.format.automaton(request.others, request.observation.legal_actions)
+                    if self.settings.constrained
+                    else None,
+                    max_tokens=self.settings.max_tokens,
+                    temperature=self.temperature,
+                    session=f"{request.episode}/{request.agent}" if kept else None,
+                )
+                for request, prompt in zip(requests, prompts, strict=True)
+            ]
+        )
+        self.tokens_generated += sum(len(completion.ids) for completion in completions)
+        return [
+            self._turn(request, memory, prompt, completion)
+            for request, memory, prompt, completion in zip(requests, memories, prompts, completions, strict=True)
+        ]
+
+    def _prompt(self, request: TurnRequest, memory: Memory) -> tuple[int, ...]:
+        if memory.ids:
+            return memory.ids + self.format.followup_ids(
+                request.agent, request.observation, request.inbox, request.others, memory.ended_with_eos
             )
         return self.format.prompt_ids(
-            request.agent, request.observation, request.inbox, request.others, thread.actions
+            request.agent, request.observation, request.inbox, request.others, memory.actions
         )
 
-    def _turn(self, request: TurnRequest, prompt: tuple[int, ...], completion: Completion) -> Turn:
+    def _turn(
+        self, request: TurnRequest, memory: Memory, prompt: tuple[int, ...], completion: Completion
+    ) -> tuple[Turn, Memory]:
         legal = request.observation.legal_actions
         spans: tuple[Span, ...] = ()
         content: TurnContent | None = None
@@ -186,12 +224,12 @@ class GenerativeTeam:
             action = default if default in legal else legal[0]
         else:
             action = content.action
-        thread = self._threads[(request.episode, request.agent)]
-        thread.actions.append(action)
+        after = replace(memory, actions=(*memory.actions, action))
         if self.settings.context is Context.TRANSCRIPT:
-            thread.ids = prompt + completion.ids
-            thread.ended_with_eos = completion.ended is not CompletionEnd.LENGTH
-        return Turn(
+            after = replace(
+                after, ids=prompt + completion.ids, ended_with_eos=completion.ended is not CompletionEnd.LENGTH
+            )
+        turn = Turn(
             agent=request.agent,
             step=request.observation.step,
             observation=request.observation,
@@ -210,6 +248,7 @@ class GenerativeTeam:
             text=self.format.text(completion.ids),
             adapter=self.adapter_of(request),
         )
+        return turn, after
 
 
 def _logprob(completion: Completion, spans: Sequence[Span]) -> float:

@@ -24,6 +24,7 @@ from preconcert.core.language import Slot, TaskLanguage, Truth
 from preconcert.core.message import Message
 from preconcert.core.observation import Observation, StepResult
 from preconcert.core.protocols import Codec, Env, Player, Policy, TurnRequest
+from preconcert.core.rehearsal import Rehearsing
 from preconcert.core.seeds import derive_seed, uniforms
 from preconcert.core.store import (
     StoredEpisodes,
@@ -39,7 +40,7 @@ from preconcert.core.view import View, ViewField
 __all__ = [
     "Candidate", "Codec", "ConfigError", "Decision", "Env", "EnvError", "Episode", "Forecast", "GateError",
     "GrammarError", "ImaginedStep", "Intention", "Judgement", "Message", "ModelError", "Move", "Observation",
-    "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Slot", "Span", "SpanKind", "StepResult",
+    "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult",
     "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn",
     "TurnRequest", "UnknownNameError", "View", "ViewField", "WorldModel", "append_episodes", "derive_seed",
     "dump_episode", "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",

@@ -90,6 +90,16 @@ class ScriptedPolicy:
     def fork(self, episode: str, name: str) -> None:
         """Nothing is held."""
 
+    def recall(self, episode: str, agent: str) -> None:
+        """Nothing is remembered."""
+
+    def rehearse(self, requests: Sequence[TurnRequest], memories: Sequence[None]) -> list[tuple[Turn, None]]:
+        """As `decide`."""
+        return [(turn, None) for turn in self.decide(requests)]
+
+    def remember(self, episode: str, agent: str, memory: None) -> None:
+        """Nothing is remembered."""
+
     def _decide(self, request: TurnRequest) -> Turn:
         make_player = getattr(request.env, "player", None)
         if make_player is None:

@@ -70,7 +70,7 @@ def test_behind_other_spans_turns_are_counted(folder: Path) -> None:
     assert all(round(each * 50, 6).is_integer() for actions in found.actions for each in actions.values())
     team = team_of(folder, settings)
     behaviour(team, requests()[:1], samples=3)
-    assert not team._threads
+    assert not team._memories
 
 
 def test_a_memory_makes_views_incomplete(folder: Path) -> None:

@@ -104,5 +104,5 @@ def test_agents_can_share_an_adapter_and_unknown_names_are_errors(model: Transfo
 def test_nothing_is_held_after_the_end(model: TransformersModel, context: Context, tmp_path: Path) -> None:
     team = team_on(model, settings_of(context))
     play(team)
-    assert not team._threads
+    assert not team._memories
     assert not model._sessions._held

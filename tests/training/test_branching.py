@@ -218,7 +218,7 @@ def test_branches_of_a_moment_have_read_the_same(starter: TransformersModel, con
                 if context is Context.TRANSCRIPT:
                     assert turn.prompt_ids[: len(past.prompt_ids)] == past.prompt_ids
                 past = turn
-    assert not team._threads, "a finished game left its memory behind"
+    assert not team._memories, "a finished game left its memory behind"
 
 
 def test_one_policy_call_per_step(starter: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:
