@@ -1,12 +1,16 @@
-"""The language of turns: the span grammar, its templates, rendering, strict parsing, and the automata behind it."""
+"""The language of turns and of world models: grammars, templates, rendering, strict parsing, the automata behind."""
 
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
+from preconcert.prompts.grammar import Grammar, Reading
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent
 from preconcert.prompts.turn_format import SILENCE, TurnFormat, Written
 from preconcert.prompts.turn_grammar import Piece, turn_pieces
 from preconcert.prompts.vocabulary import starter_words
+from preconcert.prompts.world_format import WorldFormat, WorldWritten
+from preconcert.prompts.world_grammar import VALUES, WorldAnswer, WorldPart, WorldSpan
 
 __all__ = [
-    "END_OF_PLAY", "SILENCE", "Automaton", "AutomatonBuilder", "Piece", "SpanSettings", "TurnContent", "TurnFormat",
-    "Written", "starter_words", "turn_pieces",
+    "END_OF_PLAY", "SILENCE", "VALUES", "Automaton", "AutomatonBuilder", "Grammar", "Piece", "Reading", "SpanSettings",
+    "TurnContent", "TurnFormat", "WorldAnswer", "WorldFormat", "WorldPart", "WorldSpan", "WorldWritten", "Written",
+    "starter_words", "turn_pieces",
 ]

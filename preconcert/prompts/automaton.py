@@ -6,7 +6,7 @@ or tasks; `turn_format.py` builds an automaton for a turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -91,14 +91,18 @@ class AutomatonBuilder:
     """Puts an automaton together piece by piece. States are numbered so that every transition goes upwards."""
 
     def __init__(self) -> None:
-        self._pieces: list[list[tuple[int, ...]]] = []
+        self._pieces: list[tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]] = []
 
     def literal(self, ids: Sequence[int]) -> None:
         """These tokens, and nothing else."""
         self.choice([ids])
 
-    def choice(self, options: Sequence[Sequence[int]]) -> None:
+    def choice(self, options: Sequence[Sequence[int]], skips: Mapping[tuple[int, ...], int] | None = None) -> None:
         """One of several token sequences.
+
+        Args:
+            options: the sequences.
+            skips: by option how many of the pieces that follow are left out after it.
 
         Raises:
             GrammarError: there is no option, one is empty, two are equal, or one is the beginning of another.
@@ -110,17 +114,22 @@ class AutomatonBuilder:
         for first, second in zip(ordered, ordered[1:], strict=False):
             if second[: len(first)] == first:
                 raise GrammarError(f"option {list(first)} is the beginning of option {list(second)}")
-        self._pieces.append(unique)
+        self._pieces.append((unique, dict(skips or {})))
 
     def build(self) -> Automaton:
-        """The automaton of all pieces in sequence."""
+        """The automaton of all pieces in sequence.
+
+        Raises:
+            GrammarError: an option skips more pieces than follow it.
+        """
         transitions: list[dict[int, int]] = [{}]
         entry = 0
         entries: list[int] = []
-        for options in self._pieces:
+        jumps: list[tuple[int, int, int]] = []
+        for number, (options, skips) in enumerate(self._pieces):
             entries.append(entry)
             inner: dict[tuple[int, ...], int] = {(): entry}
-            leaves: list[tuple[int, int]] = []
+            leaves: list[tuple[int, int, int]] = []
             for option in options:
                 for length in range(1, len(option)):
                     prefix = option[:length]
@@ -128,9 +137,16 @@ class AutomatonBuilder:
                         inner[prefix] = len(transitions)
                         transitions.append({})
                     transitions[inner[option[: length - 1]]][option[length - 1]] = inner[prefix]
-                leaves.append((inner[option[:-1]], option[-1]))
+                leaves.append((inner[option[:-1]], option[-1], skips.get(option, 0)))
             entry = len(transitions)
             transitions.append({})
-            for state, token in leaves:
-                transitions[state][token] = entry
+            for state, token, skip in leaves:
+                if skip:
+                    jumps.append((state, token, number + 1 + skip))
+                else:
+                    transitions[state][token] = entry
+        for state, token, piece in jumps:
+            if piece > len(self._pieces):
+                raise GrammarError(f"an option skips to piece {piece} of {len(self._pieces)}")
+            transitions[state][token] = [*entries, entry][piece]
         return Automaton(transitions, entries)

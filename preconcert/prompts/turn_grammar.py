@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from preconcert.core import GrammarError, SpanKind, TaskLanguage
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent
@@ -19,15 +20,20 @@ DONE_WORDS = ("no", "yes")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a turn: a literal where `kind` is None, else one word out of several."""
+    """A stretch of a text: a literal where `kind` is None, else one word out of several."""
 
     options: tuple[str, ...]
-    """The words themselves; for a literal, its only text."""
-    kind: SpanKind | None = None
+    """The words themselves; for a literal, its only text. Empty with a kind: words of any kind, up to the literal that
+    follows."""
+    kind: StrEnum | None = None
     slot: str = ""
     """As in `Span.slot`."""
     index: int = 0
     """Position among the pieces of the same kind and slot."""
+    digits: int = 0
+    """The words are numbers, written digit by digit in this many digits; 0 for words as they are."""
+    skips: tuple[tuple[str, int], ...] = ()
+    """Words after which some of the following pieces are left out, and how many."""
 
 
 def turn_pieces(

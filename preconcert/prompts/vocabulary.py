@@ -12,13 +12,16 @@ from preconcert.prompts.turn_grammar import DONE_WORDS
 TAGS = ("<from>", "<did>", "<me>", "<see>", "<turn>", "<intend>", "<foresee>", "<say>", "<act>")
 
 
-def starter_words(texts: Iterable[str], language: TaskLanguage, agents: Sequence[str]) -> list[str]:
+def starter_words(
+    texts: Iterable[str], language: TaskLanguage, agents: Sequence[str], digits: bool = False
+) -> list[str]:
     """Every word that a prompt or a turn of the task can contain, in a fixed order.
 
     Args:
         texts: observations of many episodes, enough to hold every word the task uses.
         language: the task's vocabularies.
         agents: the agents' names.
+        digits: also what world models write: the digits, and every label and value of the task's view.
     """
     words: dict[str, None] = dict.fromkeys(TAGS)
     words.update(dict.fromkeys(agents))
@@ -26,4 +29,8 @@ def starter_words(texts: Iterable[str], language: TaskLanguage, agents: Sequence
     for slot in (*language.message, *language.forecast):
         words.update(dict.fromkeys(slot.choices))
     words.update(dict.fromkeys(sorted({word for text in texts for word in text.split()})))
+    if digits:
+        words.update(dict.fromkeys(str(digit) for digit in range(10)))
+        for item in language.view.fields if language.view is not None else ():
+            words.update(dict.fromkeys((*item.label.split(), *item.choices)))
     return list(words)
