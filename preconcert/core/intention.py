@@ -16,6 +16,8 @@ class Intention:
     """Its actions from the present step on, one per foretold step."""
     probability: float
     """Probability that the writer's own model gave to exactly these words."""
+    distributions: tuple[Mapping[str, float], ...] | None = None
+    """The probabilities of all words at each step, given the words written before it; None where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from preconcert.agents import AgentSettings, ChannelSettings
 from preconcert.core import SpanKind
 from preconcert.models import LoraSettings, StarterSettings
-from preconcert.training.credit import AgentCredit, CreditSettings, RewardMode, RewardSettings
+from preconcert.training.credit import AgentCredit, CreditSettings, PredictionSettings, RewardMode, RewardSettings
 from preconcert.training.critic import CriticSettings
 from preconcert.training.league import LeagueSettings
-from preconcert.training.update import Order, UpdateSettings
+from preconcert.training.update import Order, RatioLevel, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
 
 STARTER = "starter"
@@ -101,6 +101,9 @@ class GRPOSettings(BaseModel):
     exploration happens in what is foreseen. For tasks whose forecast says what the action leads to."""
     hindsight_fraction: float = Field(0.25, ge=0, le=1)
     """Share of the turns without an advantage that enter it; turns with one always do."""
+    prediction: PredictionSettings | None = None
+    """Rewards for foretelling rightly, paid to the words of `intend` and `foresee` alone; null: none. With one, the log
+    says how true predictions are and how predictable the agents."""
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
@@ -112,6 +115,21 @@ class GRPOSettings(BaseModel):
     def _minibatches_fit(self) -> GRPOSettings:
         if self.minibatches % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide minibatches={self.minibatches}")
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_stay_apart(self) -> GRPOSettings:
+        """What is paid for predictions must reach nothing that the task pays for."""
+        wanted = self.prediction
+        if wanted is None:
+            return self
+        if self.credit.branches:
+            raise ValueError(f"prediction needs whole games, and credit={self.credit.type} branches off them")
+        for paid, span in ((wanted.pays_actions, SpanKind.INTEND), (wanted.pays_observations, SpanKind.FORESEE)):
+            if paid and span in self.policy_spans:
+                raise ValueError(f"prediction pays for {span.value}, which policy_spans gives the task's advantage")
+        if (wanted.pays_actions or wanted.pays_observations) and (self.loss != "dapo" or self.entropy):
+            raise ValueError("prediction needs loss=dapo and entropy=0: others take one mean over all tokens")
         return self
 
 
@@ -215,6 +233,7 @@ class Recipe(BaseModel):
             raise ValueError(f"grpo.credit={credit.type} needs a critic's values: set algorithm=ppo")
         if not credit.needs_values and self.algorithm is Algorithm.PPO:
             raise ValueError(f"grpo.credit={credit.type} does not look at a critic: set algorithm=grpo, or credit=gae")
+        self._predictions_fit()
         if self.grpo.entropy_end is not None and not self.grpo.entropy:
             raise ValueError(f"grpo.entropy_end={self.grpo.entropy_end:g} needs a grpo.entropy to begin with")
         if self.update.order is Order.SEQUENTIAL and self.grpo.accumulate > 1:
@@ -223,3 +242,17 @@ class Recipe(BaseModel):
                 f"{self.grpo.accumulate}"
             )
         return self
+
+    def _predictions_fit(self) -> None:
+        wanted = self.grpo.prediction
+        if wanted is None or not (wanted.pays_actions or wanted.pays_observations):
+            return
+        if wanted.pays_actions and not self.agent.spans.intend:
+            raise ValueError("grpo.prediction pays for intentions, and agent.spans.intend is off")
+        if wanted.pays_observations and not self.agent.spans.foresee:
+            raise ValueError("grpo.prediction pays for forecasts, and agent.spans.foresee is off")
+        if self.update.ratio is not RatioLevel.TOKEN or self.update.order is not Order.SIMULTANEOUS:
+            raise ValueError(
+                "grpo.prediction needs update.ratio=token and update.order=simultaneous: others put the ratios of "
+                "predictions and of decisions into one number"
+            )

@@ -29,6 +29,7 @@ from preconcert.training.credit import (
 from preconcert.training.grpo import Rollout
 from preconcert.training.league import League
 from preconcert.training.measures import measure
+from preconcert.training.prediction import foretold, pay, prediction_metrics, weigh
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, Row, RowSettings, build_rows, worth_training
@@ -155,10 +156,11 @@ class GameSource:
         credited = time.perf_counter()
         rows = self._rows(play, credit.advantages)
         policy_tokens = sum(int(row.policy.sum()) for row in rows)
+        rows, predicted = self._pay_predictions(iteration, rows, episodes, policy_tokens)
         if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
             # In a sequential update the ratios of all rows weigh on the agents still to come, those without an
             # advantage included.
-            rows, policy_tokens = worth_training(
+            rows, _ = worth_training(
                 rows,
                 recipe.grpo.hindsight_fraction,
                 derive_seed(recipe.seed, "rows", iteration),
@@ -188,6 +190,7 @@ class GameSource:
             }.items()
             if value is not None
         }
+        metrics |= predicted
         if self.league is not None:
             metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
@@ -241,6 +244,27 @@ class GameSource:
         # that follows the best branches is better than that.
         whole = played.from_the_start if credit.score is Score.ROLLOUT else played.lines
         return _Play(played.branches, whole, played.lines)
+
+    def _pay_predictions(
+        self, iteration: int, rows: list[Row], episodes: Sequence[Episode], task_tokens: int
+    ) -> tuple[list[Row], dict[str, float]]:
+        """Rows with what their predictions are paid, and how true those were."""
+        settings = self.recipe.grpo.prediction
+        if settings is None:
+            return rows, {}
+        found = foretold(episodes, self.team.language)
+        weights = settings.weights(iteration / max(1, self.recipe.grpo.iterations - 1))
+        metrics = {"prediction/weight_action": weights[0], "prediction/weight_observation": weights[1]}
+        metrics |= prediction_metrics(episodes, found)
+        if any(weights):
+            rows, counts = pay(rows, episodes, found, weights, settings.scale)
+            numbers = np.array([*counts, task_tokens])
+            if self.world > 1:
+                parts: list[Any] = [None] * self.world
+                torch.distributed.all_gather_object(parts, numbers)
+                numbers = np.sum(parts, axis=0)
+            rows = weigh(rows, weights, numbers[:2], int(numbers[2]))
+        return rows, metrics
 
     def _rows(self, play: _Play, advantages: Mapping[TurnKey, Number]) -> list[Row]:
         """What is trained on. A branch that was cut does not know what came next; there the lines teach predictions."""

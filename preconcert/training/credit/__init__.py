@@ -17,7 +17,8 @@ its new state. All estimators read the same record, so they can be compared on i
 | `chained-gae` | `chained_gae` | a critic's values along agents, then steps | MARFT |
 | `adalign` | `alignment` | `turn`'s, with the other's advantage mixed in | advantage alignment |
 
-The loss knows none of them: it reads the advantages of rows (`preconcert/training/rows.py`).
+The loss knows none of them: it reads the advantages of rows (`preconcert/training/rows.py`). What predictions are paid
+is no estimator, since it compares no returns: `prediction`.
 """
 
 from preconcert.training.credit.agent_turn import AgentTurnCredit, Follow, Score
@@ -29,6 +30,13 @@ from preconcert.training.credit.group_relative import AgentCredit, GlobalCredit,
 from preconcert.training.credit.joint import JointCredit
 from preconcert.training.credit.leave_one_out import LeaveOneOutCredit
 from preconcert.training.credit.ledger import Game, Ledger, Number, Strand, TurnKey, Values, ledger_of
+from preconcert.training.credit.prediction import (
+    Guess,
+    Outlook,
+    PredictionSettings,
+    guess_advantages,
+    outlook_advantages,
+)
 from preconcert.training.credit.registry import ESTIMATORS, SHORT, CreditSettings, estimate
 from preconcert.training.credit.rewards import RewardMode, RewardSettings
 from preconcert.training.credit.role import RoleCredit
@@ -36,7 +44,8 @@ from preconcert.training.credit.turn import TurnCredit
 
 __all__ = [
     "ESTIMATORS", "SHORT", "AgentCredit", "AgentTurnCredit", "AlignedCredit", "ChainedGAECredit", "Credit",
-    "CreditSettings", "Estimator", "Follow", "GAECredit", "Game", "GlobalCredit", "JointCredit", "LeaveOneOutCredit",
-    "Ledger", "Normalise", "Number", "RewardMode", "RewardSettings", "RoleCredit", "Score", "Shift", "Strand",
-    "TurnCredit", "TurnKey", "Values", "Weighting", "estimate", "ledger_of",
+    "CreditSettings", "Estimator", "Follow", "GAECredit", "Game", "GlobalCredit", "Guess", "JointCredit",
+    "LeaveOneOutCredit", "Ledger", "Normalise", "Number", "Outlook", "PredictionSettings", "RewardMode",
+    "RewardSettings", "RoleCredit", "Score", "Shift", "Strand", "TurnCredit", "TurnKey", "Values", "Weighting",
+    "estimate", "guess_advantages", "ledger_of", "outlook_advantages",
 ]

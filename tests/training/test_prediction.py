@@ -1,0 +1,288 @@
+"""Prediction rewards: what is paid, to which tokens, and that the task's part of the loss does not notice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from preconcert.agents import Context
+from preconcert.core import Episode, Intention, Slot, Span, SpanKind, TaskLanguage
+from preconcert.models import TransformersModel
+from preconcert.prompts import END_OF_PLAY
+from preconcert.training.credit import Guess, Outlook, TurnKey, guess_advantages, outlook_advantages
+from preconcert.training.credit.prediction import PredictionSettings
+from preconcert.training.prediction import foretold, pay, predictability, prediction_metrics, weigh
+from preconcert.training.recipe import Recipe
+from preconcert.training.rows import KINDS, GrammarTable, Row
+from preconcert.training.source import GameSource
+from tests.training.episodes import episode, forecast, observation, turn
+from tests.training.teams import (
+    AGENTS,
+    FixedSource,
+    gradients_of,
+    largest_difference,
+    play,
+    recipe_of,
+    rows_of,
+    settings_of,
+    team_on,
+    trainer_on,
+)
+
+TASK_SPANS = frozenset({SpanKind.SAY, SpanKind.ACT})
+LANGUAGE = TaskLanguage(
+    actions=("north", "south", "stay"),
+    forecast=(Slot("row", ("0", "1", "2")), Slot("col", ("0", "1"))),
+)
+
+
+def guess(word: int, true: int, p: Sequence[float] | None, probability: float = 0.0, **changes: Any) -> Guess:
+    """About one of several actions, numbered."""
+    values: dict[str, Any] = {
+        "key": TurnKey(0, "a", 0), "group": "g", "about": "b", "ahead": 0, "start": 0, "end": 1,
+        "probability": probability if p is None else p[word], "right": word == true,
+        "true_probability": None if p is None else p[true], "square": None if p is None else sum(x * x for x in p),
+    }  # fmt: skip
+    return Guess(**{**values, **changes})
+
+
+# ---- what is paid
+
+
+@pytest.mark.parametrize("true", range(4))
+def test_the_advantage_of_words_is_the_gradient_of_the_brier_score(true: int) -> None:
+    logits = torch.tensor([0.3, -1.1, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(0)
+    hit = torch.nn.functional.one_hot(torch.tensor(true), 4)
+    score = 1 - 0.5 * ((p - hit) ** 2).sum()
+    (wanted,) = torch.autograd.grad(score, logits, retain_graph=True)
+    given = p.tolist()
+    guesses = [guess(word, true, given) for word in range(4)]
+    assert all(each.brier == pytest.approx(score.item()) for each in guesses)
+    advantages = torch.from_numpy(guess_advantages(guesses))
+    (found,) = torch.autograd.grad((p.detach() * advantages * p.log()).sum(), logits, retain_graph=True)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    assert float((p.detach() * advantages).sum()) == pytest.approx(0.0, abs=1e-12)
+    # The score itself, as a reward to the word that was sampled, would teach nothing.
+    (nothing,) = torch.autograd.grad((p.detach() * score.item() * p.log()).sum(), logits)
+    assert float(nothing.abs().max()) < 1e-12
+
+
+def test_without_the_distribution_the_score_is_right_on_average() -> None:
+    p = (0.5, 0.3, 0.2)
+    exact = guess(0, 1, p).brier
+    assert exact == pytest.approx(1 - 0.5 * (0.25 + 0.49 + 0.04))
+    assert sum(p[a] * guess(a, 1, None, p[a]).brier for a in range(3)) == pytest.approx(exact)
+
+
+def test_without_the_distribution_guesses_are_compared_within_their_task_instance() -> None:
+    same = [guess(0, 0, None, 0.4), guess(1, 0, None, 0.3), guess(1, 0, None, 0.3)]
+    other = [guess(0, 0, None, 0.4, group="h"), guess(0, 0, None, 0.9, ahead=1), guess(0, 0, None, 0.9, about="c")]
+    found = guess_advantages([*same, *other])
+    assert found[:3] == pytest.approx(np.array([0.6, -0.3, -0.3]) - 0.0)
+    assert not found[3:].any()  # nothing to compare them with
+    assert guess_advantages([]).shape == (0,)
+    scaled = guess_advantages([*same, *other], scale=True)
+    assert np.sqrt(np.mean(scaled**2)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_forecasts_that_come_true_are_as_good_as_each_other() -> None:
+    keys = [TurnKey(sample, "a", 0) for sample in range(3)]
+    equal = [Outlook(key, "g", ((0, 1),), 1.0) for key in keys]
+    assert not outlook_advantages(equal).any()
+    assert outlook_advantages([*equal[:2], replace(equal[2], share=0.4)]) == pytest.approx([0.2, 0.2, -0.4])
+
+
+def test_weights_move_evenly() -> None:
+    settings = PredictionSettings(action=2.0, action_end=0.0, observation=0.5)
+    assert [settings.weights(done) for done in (0.0, 0.5, 1.0)] == [(2.0, 0.5), (1.0, 0.5), (0.0, 0.5)]
+    assert PredictionSettings(action=0.0, action_end=1.0).pays_actions
+    assert not PredictionSettings(action=0.0).pays_actions
+
+
+# ---- what was foretold
+
+
+def test_foretold_actions_are_held_against_those_that_followed() -> None:
+    spans = tuple(Span(SpanKind.INTEND, i, i + 1, "b") for i in range(2)) + (Span(SpanKind.ACT, 3, 4, "action"),)
+    said = {
+        "completion_ids": (4, 5, 6, 7), "logprobs": (-0.5, -0.7, 0.0, -1.0), "sampled": (True, True, False, True),
+        "spans": spans,
+    }  # fmt: skip
+    told = Intention("b", ("stay", END_OF_PLAY), 1.0)
+    given = ({"north": 0.1, "south": 0.2, "stay": 0.7}, {"stay": 0.4, END_OF_PLAY: 0.6})
+    mine = [
+        turn("a", 0, intentions=(told,), **said),
+        turn("a", 1, intentions=(replace(told, distributions=given),), **said),
+        turn("a", 2, malformed=True, completion_ids=(4, 5, 6, 7), logprobs=(0.0,) * 4, sampled=(True,) * 4),
+    ]
+    forced = turn("b", 0, "stay", completion_ids=(), observation=observation("b", 0, legal=("stay",)))
+    theirs = [forced, turn("b", 1, "north", completion_ids=()), turn("b", 2, "stay", completion_ids=())]
+    found = foretold([episode({"a": mine, "b": theirs})], LANGUAGE)
+    assert [(g.key.index, g.ahead, g.right) for g in found.guesses] == [(0, 1, False), (1, 0, False), (1, 1, False)]
+    assert [(g.start, g.end) for g in found.guesses] == [(1, 2), (0, 1), (1, 2)]
+    assert found.guesses[0].probability == pytest.approx(math.exp(-0.7))
+    assert found.guesses[0].true_probability is None
+    assert found.guesses[1].true_probability == 0.1
+    assert found.guesses[1].square == pytest.approx(0.54)
+    assert not found.outlooks
+    last = foretold([episode({"a": mine[1:2], "b": theirs[1:2]})], LANGUAGE)
+    assert [(g.ahead, g.right, g.true_probability) for g in last.guesses] == [(0, False, 0.1), (1, True, 0.6)]
+
+
+def test_foreseen_fields_are_held_against_the_next_view() -> None:
+    spans = (
+        Span(SpanKind.FORESEE, 0, 1, "row"), Span(SpanKind.FORESEE, 1, 2, "col"), Span(SpanKind.FORESEE, 2, 3, "done"),
+    )  # fmt: skip
+    said = {"completion_ids": (4, 5, 6), "logprobs": (-0.5,) * 3, "sampled": (True,) * 3, "spans": spans}
+    mine = [turn("a", 0, forecast=forecast("1", "0"), **said), turn("a", 1, forecast=forecast("2", "1"), **said)]
+    found = foretold([episode({"a": mine})], LANGUAGE)
+    assert [(o.key.index, o.share, o.places) for o in found.outlooks] == [
+        (0, 0.5, ((0, 1), (1, 2))),
+        (1, 1.0, ((0, 1), (1, 2))),
+    ]
+    assert prediction_metrics([episode({"a": mine})], found) == {"prediction/field_f1": 0.75}
+
+
+def test_predictability_by_hand() -> None:
+    def game(actions: Sequence[str], view: str) -> Episode:
+        theirs = [
+            turn("b", i, action, observation=replace(observation("b", i), text=view))
+            for i, action in enumerate(actions)
+        ]
+        mine = [turn("a", i, observation=observation("a", i, legal=("stay",))) for i in range(len(actions))]
+        return episode({"a": mine, "b": theirs})
+
+    games = [game(("north", "north"), "x"), game(("north", "south"), "x"), game(("south", "south"), "y")]
+    found = predictability(games)
+    assert found["entropy_bits"] == pytest.approx(1.0)
+    assert found["copy_last"] == pytest.approx(2 / 6)
+    # From its first view, two games are told north by the two others (one tie) and do it; the third does not. From the
+    # second, south and south tell north, and the ties tell north where it is south.
+    assert found["by_view"] == pytest.approx(2 / 6)
+    # In the view x, the other game says north-south (tie: north), or north twice; y is seen in no other game.
+    assert found["by_own_view"] == pytest.approx((2 + 1 + 0) / 6)
+    assert predictability([episode({"a": [turn("a", 0)]})]) == {}
+
+
+# ---- which tokens are paid
+
+
+def paid_rows(
+    team: Any, episodes: Sequence[Episode], table: GrammarTable, weights: tuple[float, float], task: float = 1.0
+) -> list[Row]:
+    rows, _ = rows_of(team, episodes, lambda n: task * (1.0, -0.7, 0.4)[n % 3], policy_spans=TASK_SPANS, table=table)
+    tokens = sum(int(row.policy.sum()) for row in rows)
+    rows, counts = pay(rows, episodes, foretold(episodes, team.language), weights, False)
+    return weigh(rows, weights, counts, tokens)
+
+
+@pytest.mark.parametrize("context", Context)
+def test_neither_reward_reaches_the_others_tokens(starter: TransformersModel, context: Context) -> None:
+    team, table = team_on(starter, settings_of(context)), GrammarTable()
+    episodes = play(team, seeds=2, group=3)
+    plain, double, poor, none = (
+        paid_rows(team, episodes, table, weights, task)
+        for weights, task in (((1.0, 1.0), 1.0), ((2.0, 3.0), 1.0), ((1.0, 1.0), 0.3), ((0.0, 0.0), 1.0))
+    )
+    intend, foresee = KINDS.index(SpanKind.INTEND), KINDS.index(SpanKind.FORESEE)
+    seen = {intend: 0.0, foresee: 0.0, -2: 0.0}
+    for row, more, less, bare in zip(plain, double, poor, none, strict=True):
+        predictions = (row.kinds == intend) | (row.kinds == foresee)
+        assert not bare.policy[predictions].any()
+        assert np.array_equal(row.policy & ~predictions, bare.policy)
+        assert np.array_equal(row.advantages[~predictions], bare.advantages[~predictions])
+        assert np.array_equal(row.advantages[~predictions], more.advantages[~predictions])
+        assert np.array_equal(row.advantages[predictions], less.advantages[predictions])
+        for kind, factor in ((intend, 2.0), (foresee, 3.0)):
+            there = row.kinds == kind
+            assert np.allclose(factor * row.advantages[there], more.advantages[there])
+            seen[kind] += float(np.abs(row.advantages[there]).sum())
+        seen[-2] += float(np.abs(row.advantages[~predictions]).sum())
+    assert min(seen.values()) > 0.1
+
+
+def test_gradients_of_task_and_predictions_add_up(starter: TransformersModel, tmp_path: Path) -> None:
+    """The task's part has the gradient it would have without the other, to the last bit of its denominator."""
+    team, table = team_on(starter), GrammarTable()
+    episodes = play(team, seeds=2, group=3)
+    tokens = sum(int(row.policy.sum()) for row in paid_rows(team, episodes, table, (0.0, 0.0)))
+
+    def gradient(weights: tuple[float, float], task: float) -> dict[str, torch.Tensor]:
+        rows = paid_rows(team, episodes, table, weights, task)
+        return gradients_of(trainer_on(starter, FixedSource(rows, tokens), table, tmp_path), starter)
+
+    both, task, predictions = gradient((1.0, 0.5), 1.0), gradient((0.0, 0.0), 1.0), gradient((1.0, 0.5), 0.0)
+    assert largest_difference(both, {key: task[key] + predictions[key] for key in both}) < 1e-6
+    for part in (task, predictions):
+        assert max(float(value.abs().max()) for value in part.values()) > 1e-3
+    twice = gradient((2.0, 1.0), 0.0)
+    assert largest_difference(twice, {key: 2 * value for key, value in predictions.items()}) < 1e-6
+
+
+def test_predictions_are_paid_as_a_mean_over_their_own_tokens(starter: TransformersModel) -> None:
+    team, table = team_on(starter), GrammarTable()
+    episodes = play(team, seeds=2, group=3)
+    rows = paid_rows(team, episodes, table, (1.0, 0.0))
+    bare = paid_rows(team, episodes, table, (0.0, 0.0))
+    tokens = sum(int(row.policy.sum()) for row in bare)
+    intended = [row.kinds == KINDS.index(SpanKind.INTEND) for row in rows]
+    given = np.concatenate([row.advantages[there & row.policy] for row, there in zip(rows, intended, strict=True)])
+    found = foretold(episodes, team.language).guesses
+    assert len(given) == len(found)  # one token a word
+    assert np.allclose(given / tokens, guess_advantages(found) / len(found), atol=1e-6)
+
+
+# ---- in a run
+
+
+def test_a_recipe_without_predictions_notices_nothing(starter: TransformersModel) -> None:
+    def collect(**grpo: Any) -> Any:
+        recipe = recipe_of(policy_spans=("say", "act"), hindsight_weight=0.5, **grpo)
+        return GameSource(recipe, team_on(starter), GrammarTable(), frozenset(AGENTS), None).collect(0)
+
+    off, watched, paid = collect(), collect(prediction={"action": 0.0}), collect(prediction={"observation": 1.0})
+    assert off.policy_tokens == watched.policy_tokens == paid.policy_tokens
+    assert len(off.rows) == len(watched.rows)
+    for one, other in zip(off.rows, watched.rows, strict=True):
+        for name in ("policy", "targets", "logprobs", "advantages", "allowed", "joint", "kinds"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+    assert not any(name.startswith(("prediction/", "predictability/")) for name in off.metrics)
+    assert {"prediction/brier", "prediction/field_f1", "predictability/by_own_view"} <= set(watched.metrics)
+    assert paid.metrics["prediction/weight_action"] == paid.metrics["prediction/weight_observation"] == 1.0
+    assert sum(int(row.policy.sum()) for row in paid.rows) > paid.policy_tokens
+
+
+def test_the_weight_is_annealed_over_the_run(starter: TransformersModel) -> None:
+    recipe = recipe_of(iterations=3, prediction={"action": 1.0, "action_end": 0.0})
+    source = GameSource(recipe, team_on(starter), GrammarTable(), frozenset(AGENTS), None)
+    found = [source.collect(iteration) for iteration in range(3)]
+    assert [each.metrics["prediction/weight_action"] for each in found] == [1.0, 0.5, 0.0]
+    last = found[-1]
+    assert not any((row.policy & (row.kinds == KINDS.index(SpanKind.INTEND))).any() for row in last.rows)
+
+
+@pytest.mark.parametrize(
+    ("grpo", "rest", "message"),
+    [
+        ({"prediction": {"observation": 1.0}}, {}, "prediction pays for foresee, which policy_spans"),
+        ({"prediction": {}, "policy_spans": ("intend", "act")}, {}, "prediction pays for intend, which policy_spans"),
+        ({"prediction": {}, "loss": "grpo"}, {}, "prediction needs loss=dapo"),
+        ({"prediction": {}, "entropy": 0.1}, {}, "entropy=0"),
+        ({"prediction": {}, "credit": "agent-turn"}, {}, "credit=agent-turn branches"),
+        ({"prediction": {}}, {"update": {"ratio": "turn"}}, "update.ratio=token"),
+        ({"prediction": {}}, {"update": {"order": "sequential"}}, "update.order=simultaneous"),
+        ({"prediction": {}}, {"agent": {"spans": {"intend": False}}}, "agent.spans.intend is off"),
+    ],
+)
+def test_settings_that_would_mix_the_two_are_refused(grpo: Any, rest: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({"task": "rendezvous", "grpo": grpo, **rest})
