@@ -11,11 +11,13 @@ from preconcert.models.constrained import (
     grammar_table,
 )
 from preconcert.models.language_model import (
+    ChoiceRequest,
     Completion,
     CompletionEnd,
     GenerateRequest,
     LanguageModel,
     ScoreRequest,
+    Watched,
 )
 from preconcert.models.loading import check_model_name, load_checkpoint
 from preconcert.models.routing import AdapterRoute, route_rows
@@ -26,6 +28,7 @@ __all__ = [
     "UNCONSTRAINED",
     "UNSCORED",
     "AdapterRoute",
+    "ChoiceRequest",
     "Completion",
     "CompletionEnd",
     "ConstrainedOutput",
@@ -35,6 +38,7 @@ __all__ = [
     "ScoreRequest",
     "StarterSettings",
     "TransformersModel",
+    "Watched",
     "add_constrained_head",
     "build_starter",
     "check_model_name",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from preconcert.core import ModelError, derive_seed
 from preconcert.models.language_model import (
+    ChoiceRequest,
     Completion,
     CompletionEnd,
     GenerateRequest,
@@ -59,6 +60,8 @@ def check_backend(model: LanguageModel, words: Sequence[str], seed: int = 0) -> 
                 ("the same seed gives the same tokens, whatever the order and the batch", check.batches),
                 ("a batch of mixed adapters equals batches of one adapter", check.mixed),
                 ("log-probabilities of generate equal those of score", check.scores),
+                ("watching changes nothing, and what is watched is what score says", check.watches),
+                ("choices are what score says, divided by their sum", check.choices),
                 ("temperature 0 takes the most likely token", check.greedy),
                 ("forced tokens have log-probability 0 and are not sampled", check.forced),
                 ("the end of a completion is what it says", check.ends),
@@ -92,6 +95,7 @@ class _Check:
         if len(options) < 4 or any(self.eos in ids for ids in options):
             raise ModelError(f"the contract test needs four words, none the beginning of another, not {list(words)}")
         self.rng = np.random.default_rng(seed)
+        self.options = (*options[:3], options[3] + options[0])
         self.grammars = [_grammar(options, 1, self.eos), _grammar(options[::-1], 2, self.eos)]
         for number, name in enumerate((_FRESH, _FIRST, _SECOND)):
             model.add_adapter(name, seed=derive_seed(seed, name))
@@ -167,6 +171,63 @@ class _Check:
         )
         for request, completion, logprobs in zip(requests, written, scored, strict=True):
             _close(request, completion.logprobs, logprobs)
+
+    def watches(self) -> None:
+        plain = [self.request(number, temperature=0.7 + 0.1 * number) for number in range(18)]
+        requests = [
+            replace(one, watch=frozenset(range(one.automaton.size)[number % 2 :: 2])) if one.automaton else one
+            for number, one in enumerate(plain)
+        ]
+        completions = self.model.generate(requests)
+        self.same(plain, self.model.generate(plain), completions)
+        scored: list[ScoreRequest] = []
+        reported: list[float] = []
+        for request, completion in zip(requests, completions, strict=True):
+            if request.automaton is None:
+                wanted = []
+            else:
+                states = request.automaton.walk(completion.ids)[:-1]
+                wanted = [
+                    (position, state, tuple(sorted(request.automaton.transitions[state])))
+                    for position, state in enumerate(states)
+                    if state in request.watch and len(request.automaton.transitions[state]) > 1
+                ]
+            found = [(one.position, one.state, one.tokens) for one in completion.watched]
+            if found != wanted:
+                raise _BrokenError(f"{found} was reported and {wanted} watched for {_describe(request)}")
+            for one in completion.watched:
+                for token, logprob in zip(one.tokens, one.logprobs, strict=True):
+                    ids = (*completion.ids[: one.position], token)
+                    scored.append(ScoreRequest(request.prompt_ids, ids, request.adapter, request.automaton))
+                    reported.append(logprob)
+        if not scored:
+            raise _BrokenError("nothing was reported")
+        wanted_logprobs = [logprobs[-1] for logprobs in self.model.score(scored)]
+        _close(requests[0], reported, wanted_logprobs)
+
+    def choices(self) -> None:
+        single = tuple(ids for ids in self.texts if len(ids) == 1)
+        requests = [self.request(number) for number in range(9)]
+        asked = [
+            ChoiceRequest(request.prompt_ids, options, request.adapter)
+            for request in requests
+            for options in (self.options, self.options[::-1], tuple(dict.fromkeys(single)))
+            if options
+        ]
+        flat = [ScoreRequest(one.prompt_ids, option, one.adapter) for one in asked for option in one.options]
+        scores = iter([sum(logprobs) for logprobs in self.model.score(flat)])
+        for one, found in zip(asked, self.model.choose(asked), strict=True):
+            sums = np.array([next(scores) for _ in one.options])
+            wanted = (sums - np.logaddexp.reduce(sums)).tolist()
+            if len(found) != len(wanted) or np.abs(np.subtract(found, wanted)).max() > _TOLERANCE:
+                raise _BrokenError(f"{found} where {wanted} is true for a prompt of {len(one.prompt_ids)} tokens")
+        prompt = requests[0].prompt_ids
+        for options in ((), ((),), (self.options[0], self.options[0])):
+            try:
+                self.model.choose([ChoiceRequest(prompt, options)])
+            except ModelError:
+                continue
+            raise _BrokenError(f"nothing was raised for the options {options}")
 
     def greedy(self) -> None:
         requests = [self.request(number, temperature=0.0) for number in range(9)]

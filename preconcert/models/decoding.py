@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from preconcert.core import uniforms
 from preconcert.models.constrained import HeadScale, grammar_table
-from preconcert.models.language_model import Completion, CompletionEnd, GenerateRequest
+from preconcert.models.language_model import Completion, CompletionEnd, GenerateRequest, Watched
 from preconcert.prompts.automaton import Automaton
 
 _FREE = -1
@@ -83,6 +83,14 @@ class Writing:
         """How many tokens of each completion the model has read."""
         self.done = np.zeros(rows, dtype=np.bool_)
         self._eos_seen = np.zeros(rows, dtype=np.bool_)
+        starts = self.grammars.start
+        self.watches: dict[int, frozenset[int]] = {
+            row: frozenset(int(starts[row]) + state for state in request.watch)
+            for row, request in enumerate(requests)
+            if request.watch and request.automaton is not None
+        }
+        """By row the grammar states whose distribution is wanted."""
+        self.watched: dict[int, list[Watched]] = {}
         self._follow_chains(np.arange(rows))
 
     def record(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], logprobs: NDArray[np.float64]) -> None:
@@ -96,6 +104,30 @@ class Writing:
             self.state[rows[bound]] = self.grammars.next_state[self.state[rows[bound]], columns]
         self._eos_seen[rows] = ~bound & np.isin(tokens, self.eos)
         self._follow_chains(rows)
+
+    def watching(self, rows: NDArray[np.int64]) -> list[int]:
+        """Which of these rows, by place, stand in a state whose distribution is wanted."""
+        if not self.watches:
+            return []
+        return [place for place, row in enumerate(rows.tolist()) if self.state[row] in self.watches.get(row, ())]
+
+    def report(self, row: int, logprobs: NDArray[np.float64]) -> None:
+        """Keep the distribution that a row's next token comes from.
+
+        Args:
+            row: which.
+            logprobs: of the grammars' tokens at temperature 1; those that are not allowed do not matter.
+        """
+        grammars, state = self.grammars, int(self.state[row])
+        allowed = np.flatnonzero(grammars.allowed[state])
+        self.watched.setdefault(row, []).append(
+            Watched(
+                position=int(self.length[row]),
+                state=state - int(grammars.start[row]),
+                tokens=tuple(grammars.tokens[allowed].tolist()),
+                logprobs=tuple(logprobs[allowed].tolist()),
+            )
+        )
 
     def pending(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Written tokens that the model has not read, right-padded, and how many each row has."""
@@ -117,6 +149,7 @@ class Writing:
             logprobs=tuple(self.logprobs[row, :length].tolist()),
             sampled=tuple(self.sampled[row, :length].tolist()),
             ended=ended,
+            watched=tuple(self.watched.get(row, ())),
         )
 
     def _follow_chains(self, rows: NDArray[np.int64]) -> None:
@@ -174,6 +207,12 @@ def write(requests: Sequence[GenerateRequest], writing: Writing, feed: Feed, hea
             rows = hidden if not len(free) else hidden[torch.from_numpy(bound).to(device)]
             logits = head.scale.apply(functional.linear(rows, narrow, narrow_bias).float())
             allowed = torch.from_numpy(grammars.allowed[writing.state[active[bound]]]).to(device)
+            watching = writing.watching(active[bound])
+            if watching:
+                places = torch.tensor(watching, device=device)
+                masked = logits[places].double().masked_fill(~allowed[places], -torch.inf)
+                for place, whole in zip(watching, masked.log_softmax(-1).cpu().numpy(), strict=True):
+                    writing.report(int(active[bound[place]]), whole)
             picked, logprobs[bound] = sample(logits, allowed, temperature[active[bound]], dice[bound])
             chosen[bound] = grammars.tokens[picked]
         if len(free):

@@ -43,6 +43,23 @@ class GenerateRequest:
     """0 takes the most likely token."""
     session: str | None = None
     """Calls with the same session extend one another's context: a hint that its cache is worth keeping."""
+    watch: frozenset[int] = frozenset()
+    """States of the automaton in which the whole distribution is reported, where the completion passes through them
+    and they leave a choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A distribution that one token of a completion came from."""
+
+    position: int
+    """Of the token in the completion."""
+    state: int
+    """Of the automaton, before the token."""
+    tokens: tuple[int, ...]
+    """What the automaton allowed there, ascending."""
+    logprobs: tuple[float, ...]
+    """Natural log-probabilities of these tokens at temperature 1, whatever was sampled with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +73,8 @@ class Completion:
     sampled: tuple[bool, ...]
     """False for tokens that the automaton forced."""
     ended: CompletionEnd
+    watched: tuple[Watched, ...] = ()
+    """One entry per watched state that was passed through, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,16 @@ class ScoreRequest:
     adapter: str | None = None
     automaton: Automaton | None = None
     """With one, probabilities are taken among the tokens that it allows; the completion must follow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRequest:
+    """Several continuations of one prompt to choose from."""
+
+    prompt_ids: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    """At least one; none empty, no two equal."""
+    adapter: str | None = None
 
 
 @runtime_checkable
@@ -91,6 +120,17 @@ class LanguageModel(Protocol):
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
         """Natural log-probabilities, at temperature 1, of each completion token given all before it."""
+        ...
+
+    def choose(self, requests: Sequence[ChoiceRequest]) -> list[tuple[float, ...]]:
+        """Natural log-probabilities of each request's options among one another, at temperature 1.
+
+        An option's weight is the product of its tokens' probabilities; the weights are divided by their sum.
+
+        Raises:
+            ModelError: an unknown adapter, an empty prompt, no options, an empty or a repeated one, or a context longer
+                than the model takes.
+        """
         ...
 
     def add_adapter(self, name: str, seed: int, source: str | None = None) -> None:

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from preconcert.core import ModelError
 from preconcert.models.adapters import Adapters, LoraSettings
 from preconcert.models.constrained import UNCONSTRAINED, UNSCORED, constrained_logprobs, grammar_table, head_scale
 from preconcert.models.decoding import Head, Writing, write
-from preconcert.models.language_model import Completion, GenerateRequest, ScoreRequest
+from preconcert.models.language_model import ChoiceRequest, Completion, GenerateRequest, ScoreRequest
 from preconcert.models.loading import load_checkpoint
-from preconcert.models.reading import Body, PlainReader, SessionReader, block_of
+from preconcert.models.reading import Body, PlainReader, SessionReader, block_of, last_of
 from preconcert.models.routing import route_rows
 from preconcert.models.sessions import Sessions
 
@@ -182,6 +183,42 @@ class TransformersModel:
                 answers.update(zip(chunk, self._score([requests[index] for index in chunk]), strict=True))
         return [answers[index] for index in range(len(requests))]
 
+    def choose(self, requests: Sequence[ChoiceRequest]) -> list[tuple[float, ...]]:
+        """Natural log-probabilities of each request's options among one another, at temperature 1.
+
+        Options of one token each are read off one pass over the prompts; longer ones are scored one by one.
+
+        Raises:
+            ModelError: an unknown adapter, an empty prompt, no options, an empty or a repeated one, or a context longer
+                than the model takes.
+        """
+        for request in requests:
+            if not request.options or not all(request.options) or len(set(request.options)) < len(request.options):
+                raise ModelError(f"options to choose from must be different and not empty: {request.options[:8]}")
+            self._check(request, len(request.prompt_ids) + max(len(option) for option in request.options))
+        short = [index for index, request in enumerate(requests) if max(map(len, request.options)) == 1]
+        long = [index for index, request in enumerate(requests) if max(map(len, request.options)) > 1]
+        answers: dict[int, tuple[float, ...]] = {}
+        with self._inference():
+            for chunk in self._chunks([requests[index] for index in short]):
+                places = [short[place] for place in chunk]
+                answers.update(zip(places, self._choose([requests[place] for place in places]), strict=True))
+        scores = iter(
+            self.score(
+                [
+                    ScoreRequest(requests[index].prompt_ids, option, requests[index].adapter)
+                    for index in long
+                    for option in requests[index].options
+                ]
+            )
+            if long
+            else ()
+        )
+        for index in long:
+            sums = np.array([sum(next(scores)) for _ in requests[index].options])
+            answers[index] = tuple((sums - np.logaddexp.reduce(sums)).tolist())
+        return [answers[index] for index in range(len(requests))]
+
     def close_session(self, session: str) -> None:
         """Drop what is cached for a session; unknown names are ignored."""
         self._sessions.close(session)
@@ -245,7 +282,30 @@ class TransformersModel:
         table = torch.cat(parts).double().cpu().numpy()
         return [tuple(table[row, :count].tolist()) for row, count in enumerate(counts)]
 
-    def _chunks(self, requests: Sequence[GenerateRequest] | Sequence[ScoreRequest]) -> Iterator[list[int]]:
+    def _choose(self, requests: list[ChoiceRequest]) -> list[tuple[float, ...]]:
+        """Among single tokens; equal prompts are read once."""
+        unique = {
+            key: place for place, key in enumerate(dict.fromkeys((r.adapter, r.prompt_ids) for r in requests))
+        }
+        block, lengths = block_of([prompt for _, prompt in unique])
+        with route_rows(self.base, [adapter for adapter, _ in unique]):
+            hidden = last_of(self._body.feed(self._body.new_cache(len(unique)), block, lengths), lengths)
+        head = self._head()
+        tokens = sorted({option[0] for request in requests for option in request.options})
+        columns = torch.tensor(tokens, device=self.device)
+        bias = None if head.bias is None else head.bias[columns]
+        logits = head.scale.apply(functional.linear(hidden, head.weight[columns], bias).float())
+        table = logits.double().cpu().numpy()
+        place_of = {token: place for place, token in enumerate(tokens)}
+        answers: list[tuple[float, ...]] = []
+        for request in requests:
+            row = table[unique[request.adapter, request.prompt_ids], [place_of[o[0]] for o in request.options]]
+            answers.append(tuple((row - np.logaddexp.reduce(row)).tolist()))
+        return answers
+
+    def _chunks(
+        self, requests: Sequence[GenerateRequest] | Sequence[ScoreRequest] | Sequence[ChoiceRequest]
+    ) -> Iterator[list[int]]:
         """Indices of at most `max_rows` requests, those with sessions apart, the same adapter's side by side."""
         rank: dict[str | None, int] = {name: number for number, name in enumerate((None, *self.adapters))}
         order = sorted(range(len(requests)), key=lambda index: rank[requests[index].adapter])
@@ -267,7 +327,7 @@ class TransformersModel:
                 found.update([value] if isinstance(value, int) else value)
         return sorted(found)
 
-    def _check(self, request: GenerateRequest | ScoreRequest, tokens: int) -> None:
+    def _check(self, request: GenerateRequest | ScoreRequest | ChoiceRequest, tokens: int) -> None:
         if not request.prompt_ids:
             raise ModelError("empty prompt: there is nothing to continue")
         if request.adapter is not None:
