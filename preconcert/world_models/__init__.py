@@ -1,5 +1,13 @@
 """World models: what imagines the next view, the others' actions, the reward and the end; and how they are judged."""
 
+from preconcert.world_models.consistency import Consistency, consistency_of
+from preconcert.world_models.fidelity import Case, Fidelity, Mode, cases_of, measure_fidelity
+from preconcert.world_models.imagination import Imagination, imagine
 from preconcert.world_models.oracle import OracleValue, OracleWorldModel
+from preconcert.world_models.shuffled import ShuffledWorldModel
+from preconcert.world_models.tables import CopyLast, CountTable
 
-__all__ = ["OracleValue", "OracleWorldModel"]
+__all__ = [
+    "Case", "Consistency", "CopyLast", "CountTable", "Fidelity", "Imagination", "Mode", "OracleValue",
+    "OracleWorldModel", "ShuffledWorldModel", "cases_of", "consistency_of", "imagine", "measure_fidelity",
+]  # fmt: skip
