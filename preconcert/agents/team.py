@@ -111,6 +111,9 @@ class GenerativeTeam:
         """Tokens written so far, forced ones included."""
         self.decisions = 0
         """Turns decided so far; rehearsed ones are none."""
+        self.keep_distributions = False
+        """Keep with every intention the probabilities of all the words it could have been (`Intention.distributions`).
+        Needs `settings.constrained`, and words that begin with different tokens; where they do not, none is kept."""
         self._memories: dict[tuple[str, str], Memory] = {}
 
     def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
@@ -190,6 +193,7 @@ class GenerativeTeam:
                     max_tokens=self.settings.max_tokens,
                     temperature=self.temperature,
                     session=f"{request.episode}/{request.agent}" if kept else None,
+                    watch=frozenset(self._intended(request)),
                 )
                 for request, prompt in zip(requests, prompts, strict=True)
             ]
@@ -199,6 +203,12 @@ class GenerativeTeam:
             self._turn(request, memory, prompt, completion)
             for request, memory, prompt, completion in zip(requests, memories, prompts, completions, strict=True)
         ]
+
+    def _intended(self, request: TurnRequest) -> dict[int, dict[int, str]]:
+        """By automaton state before a foretold action: the action that each token begins, where that is wanted."""
+        if not (self.keep_distributions and self.settings.constrained):
+            return {}
+        return self.format.beginnings(SpanKind.INTEND, request.others, request.observation.legal_actions)
 
     def _prompt(self, request: TurnRequest, memory: Memory) -> tuple[int, ...]:
         if memory.ids:
@@ -239,7 +249,7 @@ class GenerativeTeam:
             logprobs=completion.logprobs,
             sampled=completion.sampled,
             spans=spans,
-            intentions=_intentions(content, spans, completion),
+            intentions=_intentions(content, spans, completion, self._intended(request), self.temperature),
             forecast=_forecast(content, self.language),
             message=_message(content, spans, completion, request),
             action=action,
@@ -256,18 +266,42 @@ def _logprob(completion: Completion, spans: Sequence[Span]) -> float:
 
 
 def _intentions(
-    content: TurnContent | None, spans: Sequence[Span], completion: Completion
+    content: TurnContent | None,
+    spans: Sequence[Span],
+    completion: Completion,
+    words: Mapping[int, Mapping[int, str]],
+    temperature: float,
 ) -> tuple[Intention, ...]:
     if content is None:
         return ()
-    return tuple(
-        Intention(
-            about,
-            actions,
-            math.exp(_logprob(completion, [s for s in spans if s.kind is SpanKind.INTEND and s.slot == about])),
+    found: list[Intention] = []
+    for about, actions in content.intentions.items():
+        mine = [span for span in spans if span.kind is SpanKind.INTEND and span.slot == about]
+        given = _distributions(mine, completion, words, temperature)
+        found.append(Intention(about, actions, math.exp(_logprob(completion, mine)), given))
+    return tuple(found)
+
+
+def _distributions(
+    spans: Sequence[Span], completion: Completion, words: Mapping[int, Mapping[int, str]], temperature: float
+) -> tuple[Mapping[str, float], ...] | None:
+    """What the word of each span was sampled from; None unless that is known of all of them."""
+    known = {watched.position: watched for watched in completion.watched if watched.state in words}
+    if not spans or any(span.start not in known for span in spans):
+        return None
+    found: list[Mapping[str, float]] = []
+    for span in spans:
+        watched = known[span.start]
+        # Watched are those at temperature 1. A greedy choice is made from them as they are.
+        scaled = [logprob / (temperature or 1.0) for logprob in watched.logprobs]
+        weights = [math.exp(value - max(scaled)) for value in scaled]
+        found.append(
+            {
+                words[watched.state][token]: weight / sum(weights)
+                for token, weight in zip(watched.tokens, weights, strict=True)
+            }
         )
-        for about, actions in content.intentions.items()
-    )
+    return tuple(found)
 
 
 def _forecast(content: TurnContent | None, language: TaskLanguage) -> Forecast | None:

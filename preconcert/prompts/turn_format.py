@@ -148,6 +148,20 @@ class TurnFormat:
         assert automaton is not None  # a turn has no words of any kind
         return automaton
 
+    def beginnings(self, kind: SpanKind, others: Sequence[str], legal: Sequence[str]) -> dict[int, dict[int, str]]:
+        """By automaton state before a word of a kind: which word each next token begins.
+
+        States in which two words begin with the same token are left out: the first token does not tell them apart.
+        """
+        grammar = self._compile(tuple(others), tuple(legal))
+        entries = self.automaton(others, legal).entries  # the last is that of the end mark, which is no piece
+        found: dict[int, dict[int, str]] = {}
+        for piece, tokens, entry in zip(grammar.pieces, grammar.tokens, entries, strict=False):
+            words = {ids[0]: word for word, ids in tokens.items()} if piece.kind is kind else {}
+            if words and len(words) == len(tokens):
+                found[entry] = words
+        return found
+
     def write(self, content: TurnContent, others: Sequence[str], legal: Sequence[str]) -> Written:
         """A turn as the automaton would spell it, end of sequence included.
 

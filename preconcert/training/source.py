@@ -95,6 +95,7 @@ class GameSource:
         self.on_rollout = on_rollout
         self.values = values
         self.league = league
+        team.keep_distributions = recipe.grpo.prediction is not None
         self.credit_state: dict[str, float] = {}
         self.settings = RowSettings(
             policy_spans=frozenset(recipe.grpo.policy_spans),

@@ -29,6 +29,7 @@ from tests.training.teams import (
     FixedSource,
     gradients_of,
     largest_difference,
+    load,
     play,
     recipe_of,
     rows_of,
@@ -112,8 +113,10 @@ def test_weights_move_evenly() -> None:
 
 
 def test_foretold_actions_are_held_against_those_that_followed() -> None:
-    spans = tuple(Span(SpanKind.INTEND, i, i + 1, "b") for i in range(2)) + (Span(SpanKind.ACT, 3, 4, "action"),)
-    said = {
+    spans = (
+        Span(SpanKind.INTEND, 0, 1, "b"), Span(SpanKind.INTEND, 1, 2, "b"), Span(SpanKind.ACT, 3, 4, "action"),
+    )  # fmt: skip
+    said: dict[str, Any] = {
         "completion_ids": (4, 5, 6, 7), "logprobs": (-0.5, -0.7, 0.0, -1.0), "sampled": (True, True, False, True),
         "spans": spans,
     }  # fmt: skip
@@ -142,7 +145,9 @@ def test_foreseen_fields_are_held_against_the_next_view() -> None:
     spans = (
         Span(SpanKind.FORESEE, 0, 1, "row"), Span(SpanKind.FORESEE, 1, 2, "col"), Span(SpanKind.FORESEE, 2, 3, "done"),
     )  # fmt: skip
-    said = {"completion_ids": (4, 5, 6), "logprobs": (-0.5,) * 3, "sampled": (True,) * 3, "spans": spans}
+    said: dict[str, Any] = {
+        "completion_ids": (4, 5, 6), "logprobs": (-0.5,) * 3, "sampled": (True,) * 3, "spans": spans,
+    }  # fmt: skip
     mine = [turn("a", 0, forecast=forecast("1", "0"), **said), turn("a", 1, forecast=forecast("2", "1"), **said)]
     found = foretold([episode({"a": mine})], LANGUAGE)
     assert [(o.key.index, o.share, o.places) for o in found.outlooks] == [
@@ -171,6 +176,32 @@ def test_predictability_by_hand() -> None:
     # In the view x, the other game says north-south (tie: north), or north twice; y is seen in no other game.
     assert found["by_own_view"] == pytest.approx((2 + 1 + 0) / 6)
     assert predictability([episode({"a": [turn("a", 0)]})]) == {}
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("starter", 1.0), ("starter", 0.6), ("qwen3", 1.0)])
+def test_distributions_are_those_that_were_sampled_from(checkpoint: Any, kind: str, temperature: float) -> None:
+    model = load(checkpoint(kind))
+    settings = settings_of(intend_steps=2).model_copy(update={"max_tokens": 400})
+    plain = play(team_on(model, settings, temperature=temperature), seeds=1, group=2)
+    watching = team_on(model, settings, temperature=temperature)
+    watching.keep_distributions = True
+    watched = play(watching, seeds=1, group=2)
+    found = foretold(watched, watching.language).guesses
+    assert found
+    for one, other in zip(found, foretold(plain, watching.language).guesses, strict=True):
+        assert replace(one, true_probability=None, square=None) == other
+    for one in [one for each in watched for mine in each.trajectories.values() for one in mine.turns]:
+        (told,) = one.intentions
+        if kind != "starter":  # `south` and `stay` begin alike there: the first token does not say which it is
+            assert told.distributions is None
+            continue
+        assert told.distributions is not None
+        spans = [span for span in one.spans if span.kind is SpanKind.INTEND]
+        for word, given, span in zip(told.actions, told.distributions, spans, strict=True):
+            assert set(given) == {*watching.language.actions, END_OF_PLAY}
+            assert sum(given.values()) == pytest.approx(1.0)
+            assert given[word] == pytest.approx(math.exp(sum(one.logprobs[span.start : span.end])), rel=1e-4)
+            assert not any(one.sampled[span.start + 1 : span.end])  # the first token says which word it is
 
 
 # ---- which tokens are paid
