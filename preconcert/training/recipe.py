@@ -13,6 +13,7 @@ from preconcert.core import SpanKind
 from preconcert.models import LoraSettings, StarterSettings
 from preconcert.training.credit import AgentCredit, CreditSettings, PredictionSettings, RewardMode, RewardSettings
 from preconcert.training.critic import CriticSettings
+from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.league import LeagueSettings
 from preconcert.training.update import Order, RatioLevel, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
@@ -104,6 +105,8 @@ class GRPOSettings(BaseModel):
     prediction: PredictionSettings | None = None
     """Rewards for foretelling rightly, paid to the words of `intend` and `foresee` alone; null: none. With one, the log
     says how true predictions are and how predictable the agents."""
+    imagination: ImaginationSettings | None = None
+    """Train on imagined games beside the real ones; null: on real ones only. Needs a `world_model`."""
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
@@ -234,6 +237,7 @@ class Recipe(BaseModel):
         if not credit.needs_values and self.algorithm is Algorithm.PPO:
             raise ValueError(f"grpo.credit={credit.type} does not look at a critic: set algorithm=grpo, or credit=gae")
         self._predictions_fit()
+        self._imagination_fits()
         if self.grpo.entropy_end is not None and not self.grpo.entropy:
             raise ValueError(f"grpo.entropy_end={self.grpo.entropy_end:g} needs a grpo.entropy to begin with")
         if self.update.order is Order.SEQUENTIAL and self.grpo.accumulate > 1:
@@ -256,3 +260,15 @@ class Recipe(BaseModel):
                 "grpo.prediction needs update.ratio=token and update.order=simultaneous: others put the ratios of "
                 "predictions and of decisions into one number"
             )
+
+    def _imagination_fits(self) -> None:
+        if self.grpo.imagination is None:
+            return
+        credit = self.grpo.credit
+        if credit.needs_values or credit.branches or not credit.grouped or credit.type == "adalign":
+            raise ValueError(
+                f"grpo.imagination compares imaginations of one moment with one another, which grpo.credit="
+                f"{credit.type} does not: use agent, turn, loo, joint or global"
+            )
+        if self.league is not None:
+            raise ValueError("grpo.imagination and a league do not go together: opponents are no part of a moment")

@@ -27,6 +27,7 @@ from preconcert.training.credit import (
     ledger_of,
 )
 from preconcert.training.grpo import Rollout
+from preconcert.training.imagination import Imagination
 from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.prediction import foretold, pay, prediction_metrics, weigh
@@ -65,6 +66,7 @@ class GameSource:
         on_rollout: called with (iteration, episodes, metrics).
         values: a critic's estimates of a rollout, for credit estimators that need them.
         league: who plays whom; None for the team's own assignment.
+        imagination: lets the agents play on in a world model; None where nothing is imagined.
 
     Raises:
         ConfigError: the credit estimator needs values and there is nobody to give them, or rewards are scaled for an
@@ -83,6 +85,7 @@ class GameSource:
         on_rollout: Callable[[int, list[Episode], dict[str, float]], None] | None = None,
         values: Callable[[Sequence[Episode]], Values] | None = None,
         league: League | None = None,
+        imagination: Imagination | None = None,
     ) -> None:
         if recipe.grpo.credit.needs_values and values is None:
             raise ConfigError(f"grpo.credit={recipe.grpo.credit.type} needs a critic's values, and there is no critic")
@@ -95,6 +98,7 @@ class GameSource:
         self.on_rollout = on_rollout
         self.values = values
         self.league = league
+        self.imagination = imagination
         team.keep_distributions = recipe.grpo.prediction is not None
         self.credit_state: dict[str, float] = {}
         self.settings = RowSettings(
@@ -156,8 +160,10 @@ class GameSource:
         self.credit_state = dict(credit.state)
         credited = time.perf_counter()
         rows = self._rows(play, credit.advantages)
-        policy_tokens = sum(int(row.policy.sum()) for row in rows)
+        imagined, figures = self._imagine(iteration, episodes)
+        policy_tokens = sum(int(row.policy.sum()) for row in (*rows, *imagined))
         rows, predicted = self._pay_predictions(iteration, rows, episodes, policy_tokens)
+        rows += imagined
         if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
             # In a sequential update the ratios of all rows weigh on the agents still to come, those without an
             # advantage included.
@@ -191,7 +197,7 @@ class GameSource:
             }.items()
             if value is not None
         }
-        metrics |= predicted
+        metrics |= predicted | figures
         if self.league is not None:
             metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
@@ -245,6 +251,22 @@ class GameSource:
         # that follows the best branches is better than that.
         whole = played.from_the_start if credit.score is Score.ROLLOUT else played.lines
         return _Play(played.branches, whole, played.lines)
+
+    def _imagine(self, iteration: int, episodes: Sequence[Episode]) -> tuple[list[Row], dict[str, float]]:
+        """Rows of what the agents imagine, credited among themselves, and figures about them. Imaginations teach no
+        predictions, and estimators learn nothing for the next iteration from them."""
+        imagination, started = self.imagination, time.perf_counter()
+        if imagination is None or iteration < imagination.settings.warmup_iterations:
+            return [], {}
+        found = imagination.imagine(episodes, derive_seed(self.recipe.seed, "imagine", iteration))
+        ledger = ledger_of(found.episodes, self.recipe.grpo.rewards, None, self.settings.trainable)
+        credit = self.recipe.grpo.credit.estimate(ledger, self.credit_state)
+        blind = replace(self.settings, hindsight=False)
+        rows = build_rows(found.episodes, credit.advantages, self.team, self.table, blind)
+        offset = sum(episode.steps for episode in episodes)
+        rows = [replace(row, joint=np.where(row.joint >= 0, row.joint + offset, -1)) for row in rows]
+        figures = {"imagination/rows": float(len(rows)), "imagination/seconds": time.perf_counter() - started}
+        return rows, {**found.metrics, **figures}
 
     def _pay_predictions(
         self, iteration: int, rows: list[Row], episodes: Sequence[Episode], task_tokens: int

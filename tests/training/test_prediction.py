@@ -190,18 +190,18 @@ def test_distributions_are_those_that_were_sampled_from(checkpoint: Any, kind: s
     assert found
     for one, other in zip(found, foretold(plain, watching.language).guesses, strict=True):
         assert replace(one, true_probability=None, square=None) == other
-    for one in [one for each in watched for mine in each.trajectories.values() for one in mine.turns]:
-        (told,) = one.intentions
+    for written in [written for each in watched for mine in each.trajectories.values() for written in mine.turns]:
+        (told,) = written.intentions
         if kind != "starter":  # `south` and `stay` begin alike there: the first token does not say which it is
             assert told.distributions is None
             continue
         assert told.distributions is not None
-        spans = [span for span in one.spans if span.kind is SpanKind.INTEND]
+        spans = [span for span in written.spans if span.kind is SpanKind.INTEND]
         for word, given, span in zip(told.actions, told.distributions, spans, strict=True):
             assert set(given) == {*watching.language.actions, END_OF_PLAY}
             assert sum(given.values()) == pytest.approx(1.0)
-            assert given[word] == pytest.approx(math.exp(sum(one.logprobs[span.start : span.end])), rel=1e-4)
-            assert not any(one.sampled[span.start + 1 : span.end])  # the first token says which word it is
+            assert given[word] == pytest.approx(math.exp(sum(written.logprobs[span.start : span.end])), rel=1e-4)
+            assert not any(written.sampled[span.start + 1 : span.end])  # the first token says which word it is
 
 
 # ---- which tokens are paid

@@ -1,0 +1,340 @@
+"""Learning from what was only imagined: groups of imagined continuations, compared and trained on like real ones.
+
+From real moments of an iteration (one agent's view, inbox and past turns) that agent plays on in a world model, several
+times from the same moment: its own turns are sampled from its policy, with their tokens and log-probabilities, and the
+world model says what they lead to, the others' actions included. A continuation is paid its imagined rewards and, where
+it stops at the horizon, the model's value of what is still to come; its return is their plain sum. The continuations of
+one moment are a group, as the games of one task instance are, so that credit, rows and loss take them as they are: an
+`Episode` whose `split` is `IMAGINED`, in which the others are players without tokens.
+
+An imagination in which the model writes something that is no step ends there with the lowest return that was imagined
+for the agent in the iteration, and is counted: what lies beyond the model is worth nothing to the agent.
+
+Parts: `ImaginationSettings`, `Imagination` (plays), `Imagined` (what it played) and `replayed` (a real moment's
+environment, for oracles). No step of an environment is taken and none is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from preconcert.agents import Context, GenerativeTeam
+from preconcert.agents.team import Memory
+from preconcert.core import (
+    Env,
+    Episode,
+    ImaginedStep,
+    Move,
+    Observation,
+    StopReason,
+    TrainingError,
+    Trajectory,
+    Turn,
+    TurnRequest,
+    WorldModel,
+    derive_seed,
+)
+from preconcert.envs import make_env
+
+IMAGINED = "imagined"
+"""The split of episodes that never happened."""
+
+
+class ImaginationSettings(BaseModel):
+    """How much is imagined, and from where."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratio: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Imagined turns per real turn of a learner, at the most: imaginations that end early have fewer. Real and imagined
+    tokens count the same in the loss."""
+    group: int = Field(8, ge=2)
+    """Imaginations from one moment, which are compared with one another."""
+    horizon: int = Field(4, ge=1)
+    """Steps that are imagined from there."""
+    warmup_iterations: int = Field(0, ge=0)
+    """Iterations before the first imagination."""
+    value: bool = True
+    """Add the world model's value of what is still to come at the horizon. Without it, what is not imagined is worth
+    nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where imaginations begin."""
+
+    episode: Episode
+    agent: str
+    index: int
+    """Which of the agent's turns."""
+
+    @property
+    def name(self) -> str:
+        """Unique in a run."""
+        one = self.episode
+        return f"{one.group}:{one.iteration}:{one.sample}:{self.agent}:{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Imagined:
+    """What was imagined."""
+
+    episodes: tuple[Episode, ...]
+    """Groups of continuations, each in one piece."""
+    metrics: Mapping[str, float]
+    """`imagination/...`: how many groups, steps and tokens, what they return, how they end."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """One continuation under way."""
+
+    moment: Moment
+    sample: int
+    request: TurnRequest
+    memory: Memory
+    belief: Any
+    turns: list[Turn] = field(default_factory=list)
+    steps: list[ImaginedStep] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        """Nothing follows."""
+        return bool(self.steps) and (self.steps[-1].done or self.steps[-1].malformed)
+
+
+class Imagination:
+    """Lets the agents of a team play on in a world model.
+
+    Args:
+        settings: how much, and from where.
+        team: whose agents; nothing that it remembers is changed.
+        model: what they play in.
+        learners: the adapters that learn; nobody else imagines.
+        env: gives the environment at a moment, for a `model` that is an oracle (`replayed`); None for models that do
+            not look at environments.
+    """
+
+    def __init__(
+        self,
+        settings: ImaginationSettings,
+        team: GenerativeTeam,
+        model: WorldModel,
+        learners: Collection[str],
+        env: Callable[[Moment], Env] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.team = team
+        self.model = model
+        self.learners = frozenset(learners)
+        self.env = env or _Beginnings().of
+
+    def imagine(self, episodes: Sequence[Episode], seed: int) -> Imagined:
+        """Groups of continuations of the agents' games.
+
+        Args:
+            episodes: finished ones, whose turns are the moments; each is as likely as any other.
+            seed: every random choice follows from it and from the moments.
+
+        Raises:
+            TrainingError: the model has no value to give where one is needed.
+        """
+        settings = self.settings
+        turns = [
+            Moment(episode, agent, index)
+            for episode in episodes
+            for agent, trajectory in episode.trajectories.items()
+            for index, turn in enumerate(trajectory.turns)
+            if turn.completion_ids and turn.adapter in self.learners
+        ]
+        if not turns:
+            return Imagined((), {})
+        count = min(len(turns), max(1, round(settings.ratio * len(turns) / (settings.group * settings.horizon))))
+        rng = np.random.default_rng(derive_seed(seed, "moments"))
+        moments = [turns[i] for i in sorted(rng.choice(len(turns), size=count, replace=False).tolist())]
+        lines = self._begin(moments)
+        for step in range(settings.horizon):
+            self._advance([line for line in lines if not line.over], step, seed)
+        for moment in moments:
+            self.model.finish(moment.name)
+        worst = self._worst(lines)
+        return Imagined(
+            tuple(self._episode(line, worst[line.moment.agent]) for line in lines), self._metrics(lines, len(moments))
+        )
+
+    def _begin(self, moments: Sequence[Moment]) -> list[_Line]:
+        requests = [self._request(moment) for moment in moments]
+        pasts = [moment.episode.trajectories[moment.agent].turns[: moment.index] for moment in moments]
+        beliefs = self.model.begin(requests, pasts)
+        return [
+            _Line(moment, sample, request, self._memory(past), belief)
+            for moment, request, past, belief in zip(moments, requests, pasts, beliefs, strict=True)
+            for sample in range(self.settings.group)
+        ]
+
+    def _request(self, moment: Moment) -> TurnRequest:
+        turn = moment.episode.trajectories[moment.agent].turns[moment.index]
+        return TurnRequest(
+            episode=moment.name,
+            agent=moment.agent,
+            observation=turn.observation,
+            inbox=turn.inbox,
+            others=tuple(other for other in moment.episode.trajectories if other != moment.agent),
+            language=self.team.language,
+            seed=0,
+            env=self.env(moment),
+            player=turn.adapter,
+        )
+
+    def _memory(self, past: Sequence[Turn]) -> Memory:
+        """What the team would remember of an agent that has taken these turns."""
+        if not past:
+            return Memory()
+        actions = tuple(turn.action for turn in past)
+        if self.team.settings.context is not Context.TRANSCRIPT:
+            return Memory(actions)
+        last = past[-1]
+        ended = last.completion_ids[-1] == self.team.format.eos
+        return Memory(actions, last.prompt_ids + last.completion_ids, ended)
+
+    def _advance(self, lines: Sequence[_Line], step: int, seed: int) -> None:
+        if not lines:
+            return
+        seeds = [derive_seed(seed, line.moment.name, line.sample, step) for line in lines]
+        asked = [replace(line.request, seed=own) for line, own in zip(lines, seeds, strict=True)]
+        answers = self.team.rehearse(asked, [line.memory for line in lines])
+        moves = [Move(turn.action, turn.message.payload if turn.message else None) for turn, _ in answers]
+        found = self.model.advance(
+            [line.belief for line in lines], moves, [derive_seed(own, "world") for own in seeds]
+        )
+        for line, (turn, memory), result in zip(lines, answers, found, strict=True):
+            line.turns.append(turn)
+            line.steps.append(result)
+            line.memory, line.belief = memory, result.belief
+            if not line.over:
+                assert result.observation is not None
+                line.request = replace(line.request, observation=result.observation, inbox=result.inbox)
+
+    def _rewards(self, line: _Line) -> list[float]:
+        """What each step pays, the horizon's value included; a malformed step pays nothing yet."""
+        rewards = [0.0 if step.malformed else step.reward for step in line.steps]
+        if self.settings.value and not line.over:
+            value = line.steps[-1].value
+            if value is None:
+                raise TrainingError(
+                    f"{type(self.model).__name__} gives no value at the horizon; set grpo.imagination.value=false, or "
+                    "imagine to the end"
+                )
+            rewards[-1] += value
+        return rewards
+
+    def _worst(self, lines: Sequence[_Line]) -> dict[str, float]:
+        """By agent the lowest return of an imagination that is one; 0 where there is none."""
+        worst = dict.fromkeys((line.moment.agent for line in lines), float("inf"))
+        for line in lines:
+            if not line.steps[-1].malformed:
+                worst[line.moment.agent] = min(worst[line.moment.agent], sum(self._rewards(line)))
+        return {agent: value if np.isfinite(value) else 0.0 for agent, value in worst.items()}
+
+    def _episode(self, line: _Line, worst: float) -> Episode:
+        rewards = self._rewards(line)
+        stop = StopReason.TERMINATED if line.steps[-1].done else StopReason.TRUNCATED
+        if line.steps[-1].malformed:
+            rewards[-1] = min(0.0, worst - sum(rewards))
+            stop = StopReason.CUT
+        real, agent = line.moment.episode, line.moment.agent
+        views = [turn.observation for turn in line.turns]
+        final = line.steps[-1].observation or views[-1]
+        version = real.trajectories[agent].policy_version
+        trajectories = {
+            other: Trajectory(other, self._others(other, line, rewards), -1, stop, _unseen(other, final, self.team))
+            for other in real.trajectories
+        }
+        own = tuple(replace(turn, reward=paid) for turn, paid in zip(line.turns, rewards, strict=True))
+        trajectories[agent] = Trajectory(agent, own, version, stop, final)
+        return replace(
+            real,
+            split=IMAGINED,
+            group=f"{line.moment.name}:{IMAGINED}",
+            sample=line.sample,
+            trajectories=trajectories,
+            success=None,
+            states=tuple(view.text for view in (*views, final)),
+        )
+
+    def _others(self, other: str, line: _Line, rewards: Sequence[float]) -> tuple[Turn, ...]:
+        """What another agent does in it. It is paid the same, so that a mean over the team is the agent's own."""
+        return tuple(
+            Turn(
+                agent=other,
+                step=turn.step,
+                observation=_unseen(other, turn.observation, self.team),
+                inbox=(),
+                prompt_ids=(),
+                completion_ids=(),
+                logprobs=(),
+                sampled=(),
+                spans=(),
+                intentions=(),
+                forecast=None,
+                message=None,
+                action=step.others.get(other, ""),
+                malformed=False,
+                reward=paid,
+            )
+            for turn, step, paid in zip(line.turns, line.steps, rewards, strict=True)
+        )
+
+    def _metrics(self, lines: Sequence[_Line], groups: int) -> dict[str, float]:
+        whole = [line for line in lines if not line.steps[-1].malformed]
+        metrics = {
+            "imagination/groups": float(groups),
+            "imagination/steps": float(sum(len(line.steps) for line in lines)),
+            "imagination/policy_tokens": float(sum(len(turn.completion_ids) for line in lines for turn in line.turns)),
+            "imagination/malformed": 1.0 - len(whole) / len(lines),
+            "imagination/ended": sum(line.steps[-1].done for line in whole) / len(lines),
+        }
+        if whole:
+            metrics["imagination/return"] = float(np.mean([sum(self._rewards(line)) for line in whole]))
+        return metrics
+
+
+def replayed(moment: Moment) -> Env:
+    """The environment as it was at a moment, by carrying out the recorded actions again.
+
+    Raises:
+        TrainingError: it does not show what it showed then.
+    """
+    one = moment.episode
+    env = make_env(one.task, one.params, one.seed, one.split)
+    seen = env.reset()
+    for index in range(moment.index):
+        seen = env.step({agent: each.turns[index].action for agent, each in one.trajectories.items()}).observations
+    was = one.trajectories[moment.agent].turns[moment.index].observation.text
+    if seen[moment.agent].text != was:
+        raise TrainingError(f"{moment.name}: the environment shows {seen[moment.agent].text!r} and not {was!r}")
+    return env
+
+
+class _Beginnings:
+    """An environment for requests that must have one: each task's, not begun and never to be."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Env] = {}
+
+    def of(self, moment: Moment) -> Env:
+        """The same for all moments of a task."""
+        one = moment.episode
+        if one.task not in self._held:
+            self._held[one.task] = make_env(one.task, one.params, one.seed, one.split)
+        return self._held[one.task]
+
+
+def _unseen(agent: str, view: Observation, team: GenerativeTeam) -> Observation:
+    """What an agent sees is not imagined for it."""
+    return Observation(agent, "", team.language.actions, view.step)
