@@ -86,7 +86,7 @@ class Tree(SearchSettings):
     leaves: int = Field(8, ge=1, le=256)
     """Imagined steps per round and tree, kept apart by virtual losses."""
     exploration: float = Field(1.25, ge=0)
-    """Weight of the prior in PUCT; values are scaled to the range that the tree has seen."""
+    """Weight of the prior in PUCT; values are scaled by the range that the tree has seen, at least that of a reward."""
     widening: float = Field(1.0, gt=0)
     """A turn that was tried N times has at most `widening` times the square root of N outcomes."""
     outcomes: int = Field(8, ge=1)

@@ -31,6 +31,9 @@ from preconcert.core import ImaginedStep, Move, Rehearsing, WorldModel, derive_s
 _ROBUST = 0.5
 """A turn is only taken if it has this share of the most visited turn's visits."""
 
+_TRIES = 4
+"""Descents per leaf: those that end at a known end cost no imagined step, so others may follow."""
+
 
 @dataclass(slots=True)
 class _Node:
@@ -77,15 +80,21 @@ class _Tree:
         self.settings = settings
         self.root = _Node(Path(moment.request, moment.request.seed, moment.belief, moment.memory), 0.0, False)
         self.low, self.high = math.inf, -math.inf
-        self.steps = 0
-        """Asked of the world model."""
+        rewards = [float(word) for word in moment.request.language.rewards]
+        self.span = max(rewards) - min(rewards) if rewards else 0.0
+        """What one reward can make of a difference. Differences smaller than that are not blown up: where only small
+        rewards have been met so far, larger ones are still looked for."""
 
     def leaves(self) -> Iterator[_Leaf]:
         """What this round asks of the world model; ends that are known already are counted on the way."""
-        for _ in range(self.settings.leaves):
+        found = 0
+        for _ in range(_TRIES * self.settings.leaves):
             leaf = self._descend()
             if leaf is not None:
                 yield leaf
+                found += 1
+            if found == self.settings.leaves:
+                break
 
     def grow(self, leaf: _Leaf, step: ImaginedStep, end: float | None) -> _Node:
         """Add the outcome of a leaf's last move, and count it."""
@@ -122,7 +131,6 @@ class _Tree:
                 for each in trail:
                     each.pending += 1
                 edge.drawn += 1
-                self.steps += 1
                 # The luck of an outcome follows from its number on its edge: turns are compared on the same luck.
                 seed = derive_seed(node.path.seed, "outcome", edge.drawn)
                 path = node.path.copy()
@@ -137,7 +145,7 @@ class _Tree:
         busy = sum(edge.visits + edge.pending for edge in node.edges)
         tried = [edge for edge in node.edges if edge.visits]
         mean = sum(edge.total for edge in tried) / sum(edge.visits for edge in tried) if tried else node.value
-        width = self.high - self.low
+        width = max(self.high - self.low, self.span)
 
         def scaled(value: float) -> float:
             return (value - self.low) / width if width > 0 else 0.5
