@@ -48,6 +48,8 @@ class ExperimentArm:
     """Further overrides by the task's name, for what must differ between tasks."""
     tasks: tuple[str, ...] = ()
     """Names of the tasks it runs on; empty means all."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For the work of its cells, over those of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def cells_of(experiment: Experiment, scale: Scale, seeds: int | None = None) -> 
     """
     plan = experiment.plans[scale]
     return [
-        Cell(arm.name, task.name, seed, experiment.work, resolve(arm, task, seed), plan.options)
+        Cell(arm.name, task.name, seed, experiment.work, resolve(arm, task, seed), {**plan.options, **arm.options})
         for seed in range(seeds or plan.seeds)
         for arm in plan.arms
         for task in plan.tasks
