@@ -1,6 +1,6 @@
 """The speed comparisons: what the library costs beside the least that the same work could cost.
 
-    .venv/bin/python benchmarks/run.py [--quick] [--size WIDTH] [--json] [--save]
+    .venv/bin/python -m benchmarks.run [--quick] [--size WIDTH] [--json] [--save]
 
 Each row of the table is one piece of the library (`ours`) beside a plain way of doing the same (`other`):
 
@@ -12,7 +12,9 @@ Each row of the table is one piece of the library (`ours`) beside a plain way of
   optimiser step of the same tokens with one active adapter and cross-entropy; no hindsight in either;
 * PPO: two passes of the trainer over the rows of a rollout, a central critic's values of it and its own learning from
   it, beside the two passes alone;
-* credit: from 4,096 finished turns to advantages, beside what playing and training on a turn takes.
+* credit: from 4,096 finished turns to advantages, beside what playing and training on a turn takes;
+* planning: one decision of 32 agents, 16 candidates each imagined 5 steps ahead by the token world model, beside the
+  same search candidate by candidate, and beside bare generation of as many tokens (see `planning.py`).
 
 Times are medians of repetitions that take turns; peak memory is that of a fresh process that does one side once.
 """
@@ -38,6 +40,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from benchmarks.planning import PlanningBench
 from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam
 from preconcert.core import Episode, uniforms
 from preconcert.envs import make_env
@@ -81,6 +84,8 @@ class Scale:
     """Episodes that the rollout's other side plays."""
     update_rows: int
     """Rows in one training step, as in one minibatch of the default recipe."""
+    planners: int
+    """Agents that plan at once."""
     repetitions: int
 
 
@@ -105,6 +110,8 @@ COMPARISONS = (
     Comparison("GRPO update / bare forward and backward", "update", "bare update", "step", 1.3, False),
     Comparison("PPO update, critic included / GRPO update", "ppo", "grpo", "rollout", 1.8, False),
     Comparison("credit / playing and training", "credit", "training", "turn", 0.02, False),
+    Comparison("planning / candidate by candidate", "planning", "candidate by candidate", "decision", 5.0, True),
+    Comparison("planning / bare generation", "planning", "bare imagination", "decision", 1.5, False),
 )
 
 
@@ -179,6 +186,9 @@ class Bench:
             "ppo": self.ppo,
             "credit": self.credit,
             "training": self.training,
+            "planning": lambda: self._planner.planning(),
+            "candidate by candidate": lambda: self._planner.one_by_one(),
+            "bare imagination": lambda: self._planner.bare_generation(),
         }[name]
 
     def rollout(self) -> int:
@@ -249,6 +259,7 @@ class Bench:
         spec = EpisodeSpec(TASK, {}, 0)
         teams = self._team(self.model), self._team(OneAtATime(self.model))
         ours, other = (rollout([spec], team, ChannelSettings(), 0)[0] for team in teams)
+        self._planner.check()
         for agent in AGENTS:
             pairs = zip(ours.trajectories[agent].turns, other.trajectories[agent].turns, strict=True)
             assert all(a.completion_ids == b.completion_ids for a, b in pairs), "the two sides sampled differently"
@@ -272,6 +283,10 @@ class Bench:
     def _play(self, model: Any, seeds: int, group: int) -> list[Episode]:
         specs = [EpisodeSpec(TASK, {}, seed, sample=k) for seed in range(seeds) for k in range(group)]
         return rollout(specs, self._team(model), ChannelSettings(), 0)
+
+    @cached_property
+    def _planner(self) -> PlanningBench:
+        return PlanningBench(self.scale.width, self.folder, self.scale.planners)
 
     @cached_property
     def _prompts(self) -> list[tuple[torch.Tensor, int]]:
@@ -450,7 +465,7 @@ def main(arguments: Sequence[str]) -> None:
             Bench(Scale(**json.loads(given)), Path(folder)).side(side)()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             return
-        scale = Scale(width, 4, 4, 1, 128, 5) if flags["--quick"] else Scale(width, 16, 8, 2, 512, 7)
+        scale = Scale(width, 4, 4, 1, 128, 8, 5) if flags["--quick"] else Scale(width, 16, 8, 2, 512, 32, 7)
         found = measure(scale, Path(folder))
     text = table(found, scale)
     result = {"scale": asdict(scale), "torch": torch.__version__, "rows": found}
