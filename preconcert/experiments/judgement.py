@@ -18,6 +18,7 @@ from preconcert.agents import ChannelMode, ChannelSettings
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players, heldout_specs, play
 from preconcert.training.measures import measure
+from preconcert.training.prediction import foretold, prediction_metrics
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.run import train
@@ -30,7 +31,9 @@ LAST = 5
 """Iterations that the end of a curve is averaged over."""
 _KEPT = (
     "success", "return", "grad_norm", "gradient_norm/largest", "explained_variance", "entropy", "malformed",
-    "hindsight_loss",
+    "hindsight_loss", "intention_accuracy", "prediction/accuracy", "prediction/brier", "prediction/field_f1",
+    "predictability/entropy_bits", "predictability/by_view", "predictability/by_own_view", "imagination/malformed",
+    "imagination/return",
 )  # fmt: skip
 
 
@@ -66,13 +69,19 @@ def judge(run: Path, recipe: Recipe, episodes: int, reporter: Reporter) -> dict[
     found: dict[str, float | None] = {}
     for name, (greedy, over) in ways.items():
         reporter.stage(f"held-out play, {name}", episodes)
-        played = play(specs, players.team(greedy), over, 0, reporter)
+        team = players.team(greedy)
+        team.keep_distributions = name == "sampled"
+        played = play(specs, team, over, 0, reporter)
         measures = measure(played, players.env.language, recipe.agent.spans)
         found[f"success_{name}"] = measures.success_rate
         found[f"return_{name}"] = measures.return_mean
         if name == "sampled":
             found["malformed"] = measures.malformed_rate
             found["message_bits_per_turn"] = measures.message_bits_per_turn
+            found["intention_accuracy"] = measures.intention_accuracy
+            found["intention_chance"] = measures.intention_chance
+            found["forecast_exact_match"] = measures.forecast_exact_match
+            found |= prediction_metrics(played, foretold(played, players.env.language))
     return found
 
 
@@ -107,6 +116,9 @@ def curves_of(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, lis
         "tokens": [float(value) for value in tokens],
         "seconds": [round(float(value), 2) for value in seconds],
     }
+    if any("imagination/policy_tokens" in line for line in log):
+        imagined = np.cumsum([line.get("imagination/policy_tokens", 0.0) for line in log])
+        curves["imagined_tokens"] = [float(value) for value in imagined]
     for name in names:
         values = [line.get(name) for line in log]
         if any(value is not None for value in values):
@@ -125,6 +137,7 @@ def course(curves: Mapping[str, Sequence[float | None]]) -> dict[str, float | No
         "env_steps": curves["env_steps"][-1],
         "tokens": curves["tokens"][-1],
         "train_s": curves["seconds"][-1],
+        "imagined_tokens": curves["imagined_tokens"][-1] if "imagined_tokens" in curves else None,
         "peak_minus_final": peak_minus_final(success),
         "spikes_per_100": 100 * spikes(norms) / len(norms) if norms else None,
         "explained_variance": float(np.mean(explained[-LAST:])) if explained else None,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from preconcert.core import UnknownNameError
 from preconcert.experiments.credit import CREDIT
 from preconcert.experiments.experiment import Experiment
+from preconcert.experiments.foresight import FORESIGHT
 
-EXPERIMENTS: Mapping[str, Experiment] = {each.name: each for each in (CREDIT,)}
+EXPERIMENTS: Mapping[str, Experiment] = {each.name: each for each in (CREDIT, FORESIGHT)}
 
 
 def experiment_named(name: str) -> Experiment:
