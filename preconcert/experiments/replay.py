@@ -20,6 +20,7 @@ from markupsafe import Markup
 from preconcert.core import Env, Episode, StopReason, Turn
 from preconcert.envs import make_env
 from preconcert.experiments.curve import Curve
+from preconcert.experiments.plans import Weighed, weighed
 from preconcert.prompts import END_OF_PLAY
 from preconcert.training.hindsight import reward_word
 from preconcert.training.measures import perceived
@@ -80,6 +81,8 @@ class View:
     does: str
     malformed: bool
     reward: float
+    weighed: tuple[Weighed, ...] = ()
+    """What a planner weighed, best first; empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,7 @@ def _view(episode: Episode, agent: str, step: int, env: Env) -> View:
         does=turn.action,
         malformed=turn.malformed,
         reward=turn.reward,
+        weighed=weighed(episode, turn, env.language.view),
     )
 
 

@@ -28,12 +28,15 @@ from preconcert.experiments.crossplay import CrossPlay
 from preconcert.experiments.evaluation import Evaluation
 from preconcert.experiments.exact_games import GameValue
 from preconcert.experiments.page import Result
+from preconcert.experiments.plans import ImaginedMove, Weighed
 from preconcert.experiments.replay import Frame, Replay, View
 from preconcert.experiments.schedule import Running
 from preconcert.training.measures import Measures
 
 _COLOURS = ("blue", "dark_orange3", "green4", "magenta", "gold3", "red3", "cyan", "yellow4")
 _SECONDS_BETWEEN_LINES = 20.0
+_CANDIDATES = 6
+"""Shown of a planned decision; the rest is counted."""
 
 
 class ProgressReporter:
@@ -332,9 +335,54 @@ def _view(view: View, number: int, more: bool) -> RenderableType:
             text.append(f"{each.slot} {each.expected}")
             text.append(" ✓" if each.right else f" ✗ came {each.came}", style=_verdict(each.right))
         lines.add_row("foresees", text)
+    if view.weighed:
+        lines.add_row("weighs", _weighed(view.weighed))
     said = "nothing" if view.says is None else f"“{view.says}”"
     lines.add_row("says", said + ("" if view.bits is None else f"  {view.bits:.2f} bits"))
     return Group(Text.assemble(name, "  ", does), lines, *([Text("")] if more else []))
+
+
+def _weighed(candidates: Sequence[Weighed]) -> RenderableType:
+    """The candidates with their scores, the one taken in full, of the others the first imagined step."""
+    parts: list[RenderableType] = []
+    for each in candidates[:_CANDIDATES]:
+        says = "" if each.says is None else f" “{each.says}”"
+        line = Text("▸ " if each.chosen else "  ", style="bold" if each.chosen else "")
+        line.append(f"{each.does}{says}")
+        line.append(
+            f"  score {each.score:.3f}: mean {each.mean:.3f}, spread {each.spread:.3f}, "
+            f"disagreement {each.disagreement:.2f}, {each.visits} {'step' if each.visits == 1 else 'steps'}",
+            style="" if each.chosen else "dim",
+        )
+        parts.append(line)
+        parts += [_imagined(step, number) for number, step in enumerate(each.steps if each.chosen else each.steps[:1])]
+    if len(candidates) > _CANDIDATES:
+        rest = candidates[_CANDIDATES:]
+        parts.append(Text(f"  and {len(rest)} more, scores {rest[0].score:.3f} to {rest[-1].score:.3f}", style="dim"))
+    return Group(*parts)
+
+
+def _imagined(step: ImaginedMove, number: int) -> RenderableType:
+    line = Text("      ")
+    if number:
+        line.append(f"then {step.does}" + ("" if step.says is None else f" “{step.says}”") + ", ")
+    for other in step.others:
+        line.append(f"{other.agent} does {other.expected}", style=_against(other.expected, other.came))
+        line.append("" if other.came in (None, other.expected) else f" (did {other.came})", style="dim")
+        line.append(", ")
+    line.append("sees ")
+    for part in step.view:
+        line.append(part.expected, style=_against(part.expected, part.came))
+        line.append(" " if part.came in (None, part.expected) else f" ({part.came}) ", style="dim")
+    if step.reward:
+        line.append(f"reward {step.reward:g}", style="green")
+    if step.paid is not None and step.paid != step.reward:
+        line.append(f" (paid {step.paid:g})", style="red")
+    return line
+
+
+def _against(expected: str, came: str | None) -> str:
+    return "dim" if came is None else _verdict(expected == came)
 
 
 def _verdict(right: bool) -> str:
