@@ -11,6 +11,7 @@ from preconcert.envs.kuhn import DecisionPoint, Kuhn, KuhnParams, decision_point
 from preconcert.envs.matrix import Matrix, MatrixParams
 from preconcert.envs.pettingzoo_in import FromPettingZoo, from_pettingzoo
 from preconcert.envs.pettingzoo_out import PettingZooTask, to_pettingzoo
+from preconcert.envs.pursuit import Pursuit, PursuitParams
 from preconcert.envs.registry import make_env, register, task_class, tasks
 from preconcert.envs.rendezvous import Rendezvous, RendezvousParams
 from preconcert.envs.repeated_rps import RepeatedRps, RepeatedRpsParams
@@ -19,7 +20,8 @@ from preconcert.envs.task import PLAYERS, SPLITS, Task, TaskParams, Variety, spl
 
 __all__ = [
     "PLAYERS", "SPLITS", "BoxPush", "BoxPushParams", "DecisionPoint", "Dilemma", "DilemmaParams", "FromPettingZoo",
-    "Kuhn", "KuhnParams", "Matrix", "MatrixParams", "PettingZooTask", "Rendezvous", "RendezvousParams", "RepeatedRps",
-    "RepeatedRpsParams", "Signal", "SignalParams", "Task", "TaskParams", "Variety", "check_env", "decision_points",
-    "from_pettingzoo", "make_env", "register", "split_of", "task_class", "tasks", "to_pettingzoo",
+    "Kuhn", "KuhnParams", "Matrix", "MatrixParams", "PettingZooTask", "Pursuit", "PursuitParams", "Rendezvous",
+    "RendezvousParams", "RepeatedRps", "RepeatedRpsParams", "Signal", "SignalParams", "Task", "TaskParams", "Variety",
+    "check_env", "decision_points", "from_pettingzoo", "make_env", "register", "split_of", "task_class", "tasks",
+    "to_pettingzoo",
 ]

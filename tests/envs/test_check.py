@@ -15,6 +15,7 @@ from tests.envs.playing import EXAMPLES
 
 LARGER: dict[str, dict[str, Any]] = {
     "box-push": {"agents": 4}, "rendezvous": {"agents": 4}, "signal": {"agents": 4},
+    "pursuit": {"agents": 4, "hands": 3, "evaders": 2, "walls": 3, "horizon": 32},
     "dilemma": {"rounds": 20, "history": 8}, "repeated-rps": {"rounds": 20, "history": 8},
     "kuhn": {"first": "agent_1"}, "matrix": {"game": "fxp-counterexample", "rounds": 5},
 }  # fmt: skip

@@ -10,7 +10,7 @@ from tests.envs.playing import EXAMPLES
 
 
 def test_built_in_tasks() -> None:
-    assert list(tasks()) == ["box-push", "dilemma", "kuhn", "matrix", "rendezvous", "repeated-rps", "signal"]
+    assert list(tasks()) == ["box-push", "dilemma", "kuhn", "matrix", "pursuit", "rendezvous", "repeated-rps", "signal"]
     assert task_class("rendezvous") is Rendezvous
     assert all(isinstance(make_env(name, {}, 0), Env) for name in tasks())
 

@@ -21,7 +21,10 @@ from tests.envs.playing import play, success
 TASKS = sorted(tasks())
 SPLITS = ("train", "heldout")
 # The share of solved instances that each imperfect teacher is tuned to.
-TAUGHT = {"box-push": (0.40, 0.62), "matrix": (0.33, 0.50), "rendezvous": (0.28, 0.50), "signal": (0.33, 0.50)}
+TAUGHT = {
+    "box-push": (0.40, 0.62), "matrix": (0.33, 0.50), "pursuit": (0.35, 0.55), "rendezvous": (0.28, 0.50),
+    "signal": (0.33, 0.50),
+}  # fmt: skip
 JUDGED = sorted(TAUGHT)
 """The tasks whose episodes have a success, at the default parameters."""
 TALKING = [task for task in TASKS if make_env(task, {}, 0).language.message]
@@ -29,7 +32,8 @@ SIZED = [task for task in TASKS if "agents" in tasks()[task].Params.model_fields
 """The tasks for any number of agents."""
 VARIETY = {
     "box-push": Variety.LAYOUTS, "dilemma": Variety.NOTHING, "kuhn": Variety.CHANCE, "matrix": Variety.NOTHING,
-    "rendezvous": Variety.LAYOUTS, "repeated-rps": Variety.NOTHING, "signal": Variety.LAYOUTS,
+    "pursuit": Variety.LAYOUTS, "rendezvous": Variety.LAYOUTS, "repeated-rps": Variety.NOTHING,
+    "signal": Variety.LAYOUTS,
 }  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def global_state() -> str:
 def test_what_every_task_is() -> None:
     """Said here once more, so that no task slips out of the tests below by a mistake in its attributes."""
     assert {task: tasks()[task].variety for task in TASKS} == VARIETY
-    assert TALKING == SIZED == ["box-push", "rendezvous", "signal"]
+    assert TALKING == SIZED == ["box-push", "pursuit", "rendezvous", "signal"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -71,6 +75,9 @@ def test_expert_succeeds_in_larger_teams(task: str, agents: int) -> None:
     [
         ("box-push", {"size": 8, "push": 3, "walls": 6, "horizon": 24}),
         ("box-push", {"size": 5, "view": 1, "walls": 0}),
+        ("pursuit", {"size": 9, "evaders": 2, "walls": 4, "horizon": 30}),
+        ("pursuit", {"size": 5, "view": 1, "reach": 0}),
+        ("pursuit", {"novel": True}),
         ("rendezvous", {"size": 7, "landmarks": 6, "horizon": 14}),
         ("rendezvous", {"size": 3, "landmarks": 2, "horizon": 4}),
         ("signal", {"candidates": 6, "rounds": 4, "colours": 6, "shapes": 6}),

@@ -18,6 +18,10 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
         {}, {"agents": 4}, {"size": 12, "horizon": 64, "view": 4, "push": 3}, {"walls": 0, "view": 1},
         {"walls": 0, "size": 5, "push": 1},
     ],
+    "pursuit": [
+        {}, {"agents": 3, "evaders": 2, "walls": 6, "horizon": 32}, {"size": 12, "horizon": 64, "view": 4},
+        {"size": 5, "view": 1, "reach": 0}, {"novel": True},
+    ],
 }  # fmt: skip
 WITHOUT = {"signal", "dilemma", "kuhn", "matrix", "repeated-rps"}
 """Tasks whose agents read texts of different forms, or next to nothing."""
@@ -27,6 +31,10 @@ BASIS: dict[str, dict[str, set[str]]] = {
     "box-push": {
         "left": {"left"}, "did": set(), "goal": {"goal"},
         **{cell: {"row", "col", "box_down", "box_right", "mate_down", "mate_right"} for cell in ("row", "col")},
+    },
+    "pursuit": {
+        "left": {"left"}, "did": set(),
+        **{cell: {cell, "wall_north", "wall_east", "wall_south", "wall_west"} for cell in ("row", "col")},
     },
 }  # fmt: skip
 CASES = [(task, params) for task, several in PARAMS.items() for params in several]
@@ -94,6 +102,7 @@ def test_what_is_determined_by_task() -> None:
         return [field.name for field in make_env(task, params, 0).language.view.fields if field.determined]
 
     assert names("rendezvous") == ["left", "row", "col", "open"]
+    assert names("pursuit") == names("pursuit", walls=3) == ["left", "did", "row", "col"]
     assert names("box-push") == ["left", "did", "goal"]
     assert names("box-push", walls=0) == ["left", "did", "row", "col", "goal"]
     assert names("box-push", walls=0, agents=3) == ["left", "did", "goal"]
