@@ -191,6 +191,20 @@ class WorldFormat:
         position = min(max((value - low) / (high - low), 0.0), 1.0) * (VALUES - 1)
         return min(VALUES - 1, int(position + dice))
 
+    def reward_word(self, reward: float) -> str | None:
+        """The word that stands for a reward; None in a task without words for rewards.
+
+        Raises:
+            GrammarError: there are words, and none for this reward.
+        """
+        for word in self.language.rewards:
+            if abs(float(word) - reward) < 1e-3:
+                return word
+        if self.language.rewards:
+            known = ", ".join(self.language.rewards)
+            raise GrammarError(f"reward {reward} has no word; the task's language knows {known}")
+        return None
+
     def action_options(self, other: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """What precedes another agent's action in an answer, and the ids of each of the language's actions."""
         tag = self.turns.encode(f"<intend> {other}" + ("" if self.compact else ":"))

@@ -6,8 +6,10 @@ from preconcert.world_models.imagination import Imagination, imagine
 from preconcert.world_models.oracle import OracleValue, OracleWorldModel
 from preconcert.world_models.shuffled import ShuffledWorldModel
 from preconcert.world_models.tables import CopyLast, CountTable
+from preconcert.world_models.token import TokenBelief, TokenWorldModel, TokenWorldSettings
 
 __all__ = [
     "Case", "Consistency", "CopyLast", "CountTable", "Fidelity", "Imagination", "Mode", "OracleValue",
-    "OracleWorldModel", "ShuffledWorldModel", "cases_of", "consistency_of", "imagine", "measure_fidelity",
+    "OracleWorldModel", "ShuffledWorldModel", "TokenBelief", "TokenWorldModel",
+    "TokenWorldSettings", "cases_of", "consistency_of", "imagine", "measure_fidelity",
 ]  # fmt: skip

@@ -1,0 +1,258 @@
+"""Training a token world model's adapter through TRL: a cross-entropy per part of the answer, each with its own
+denominator and weight.
+
+Parts: `span_losses` (the loss as a pure function), `train_world_model`, and `heldout_report` (what the trained model
+says about play on other layouts). Rows come from `world_data.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from preconcert.core import Episode, Move, Outcome, UnknownNameError, derive_seed
+from preconcert.models import TransformersModel
+from preconcert.models.constrained import HeadScale, head_scale
+from preconcert.training.world_data import WorldData, collate
+from preconcert.training.world_rows import LOSSES, Step, world_steps
+from preconcert.training.world_settings import WorldTraining, WorldWeights
+from preconcert.world_models import TokenWorldModel
+
+
+def span_losses(
+    logits: Float[Tensor, "tokens vocabulary"],
+    targets: Int[Tensor, " tokens"],
+    kinds: Int[Tensor, " tokens"],
+    token_weights: Float[Tensor, " tokens"],
+) -> dict[str, Float[Tensor, ""]]:
+    """The mean cross-entropy in nats of every part that is there, each over the weights of its own tokens.
+
+    Args:
+        logits: that predict the targets.
+        targets: token ids.
+        kinds: what each counts towards, as numbers of `LOSSES` from 1; 0 counts nothing.
+        token_weights: of each token within its part.
+    """
+    entropies = functional.cross_entropy(logits.float(), targets, reduction="none") * token_weights
+    found: dict[str, Tensor] = {}
+    for number, part in enumerate(LOSSES, start=1):
+        mine = kinds == number
+        total = token_weights[mine].sum()
+        if float(total) > 0:
+            found[part.value] = entropies[mine].sum() / total
+    return found
+
+
+def total_loss(parts: Mapping[str, Tensor], weights: WorldWeights) -> Tensor:
+    """The weighted sum of the parts' losses."""
+    return torch.stack([getattr(weights, name) * loss for name, loss in parts.items()]).sum()
+
+
+class WorldTrainer(SFTTrainer):
+    """TRL's supervised trainer on rows whose parts have losses of their own.
+
+    Its dataset holds numbers of batches; the collator makes them, so that batches may follow from the present weights.
+    """
+
+    weights: WorldWeights
+    scale: HeadScale
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum of the parts' losses; each part is logged as `loss_PART`."""
+        core = self.accelerator.unwrap_model(model)
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        body = core.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        kinds = inputs["kinds"][:, 1:]
+        counted = kinds > 0
+        head = core.get_output_embeddings()
+        logits = self.scale.apply(head(body.last_hidden_state[:, :-1][counted]))
+        token_weights = inputs["row_weights"][:, None].expand(kinds.shape)[counted]
+        parts = span_losses(logits, inputs["input_ids"][:, 1:][counted], kinds[counted], token_weights)
+        for name, loss in parts.items():
+            self._metrics["train"][f"loss_{name}"].append(float(loss.detach()))
+        loss = total_loss(parts, self.weights)
+        return (loss, None) if return_outputs else loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: a run describes itself elsewhere."""
+
+
+def train_world_model(
+    model: TransformersModel,
+    world: TokenWorldModel,
+    sources: Mapping[str, Sequence[Episode]],
+    settings: WorldTraining,
+    seed: int,
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict[str, float]]:
+    """Train the adapter that a world model writes with; all else of the model stays as it is.
+
+    Args:
+        model: the backend of the world model.
+        world: names the adapter.
+        sources: episodes by the name of their source.
+        settings: lengths, rates and weights.
+        seed: everything random follows from it.
+        folder: scratch space of the trainer.
+        callbacks: of the trainer.
+
+    Returns:
+        The trainer's log: loss by part.
+
+    Raises:
+        UnknownNameError: the world model has no adapter, or a source is unknown.
+    """
+    if world.adapter is None:
+        raise UnknownNameError("adapter", "None", model.adapters)
+    data = WorldData(sources, world, settings, seed)
+    wanted = {id(parameter) for parameter in model.adapter_parameters(world.adapter).values()}
+    assert not isinstance(model.model, type(model.base))
+    before = {parameter: parameter.requires_grad for parameter in model.model.parameters()}
+    active = model.model.active_adapter
+    args = SFTConfig(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        learning_rate=settings.lr,
+        weight_decay=0.0,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        warmup_steps=max(1, settings.steps // 20),
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=max(1, settings.steps // 60),
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and model.base.dtype == torch.bfloat16,
+        gradient_checkpointing=False,
+        seed=seed % 2**31,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    pad = model.tokenizer.pad_token_id
+    numbers = iter(range(settings.steps))
+
+    def rows_of(asked: list[dict[str, Any]]) -> dict[str, Tensor]:
+        # Batches are made in their order; the loader asks for one too many at the end.
+        return collate(data.batch(next(numbers, settings.steps - 1)), pad if pad is not None else 0)
+
+    try:
+        model.model.set_adapter(world.adapter)
+        for parameter in model.model.parameters():
+            parameter.requires_grad_(id(parameter) in wanted)
+        trainer = WorldTrainer(
+            model=model.model,
+            args=args,
+            train_dataset=Dataset.from_list([{"input_ids": [n], "labels": [n]} for n in range(settings.steps)]),
+            data_collator=rows_of,
+            processing_class=model.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.weights, trainer.scale = settings.weights, head_scale(model.base.config)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    finally:
+        model.model.set_adapter(active)
+        for parameter, wanted_grad in before.items():
+            parameter.requires_grad_(wanted_grad)
+        model.base.eval()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def heldout_report(
+    world: TokenWorldModel, episodes: Sequence[Episode], seed: int, horizon: int = 5, rows: int = 1000
+) -> dict[str, float]:
+    """How right the model is about play it has not learned from, the others' real actions given.
+
+    Args:
+        world: the model.
+        episodes: real play.
+        seed: of the samples.
+        horizon: steps of the longest imagination.
+        rows: transitions at the most, evenly spread.
+
+    Returns:
+        Shares of right answers: whole views, views in their determined fields, single fields, rewards, ends, after one
+        step and (for views) after `horizon` steps of going on from its own views; the share of malformed answers; the
+        others' actions: accuracy and nats; nats per view.
+    """
+    chains = [chain for episode in episodes for chain in world_steps(episode, world.format.turns.memory)]
+    places = [(chain, index) for chain in chains for index in range(len(chain))]
+    places = places[:: max(1, math.ceil(len(places) / rows))]
+    starts = [chain[index] for chain, index in places]
+    steps = world.advance([s.belief for s in starts], [s.move for s in starts], _seeds(seed, 1, len(starts)))
+    found = {f"one_step_{name}": share for name, share in _right(world, starts, [s.belief for s in steps]).items()}
+    malformed = sum(step.malformed for step in steps) / len(steps)
+    found["malformed"] = malformed
+    found["reward"] = _mean([a.reward == b.reward and not a.malformed for a, b in zip(steps, starts, strict=True)])
+    found["done"] = _mean([a.done == b.done and not a.malformed for a, b in zip(steps, starts, strict=True)])
+    blind = [Move(s.move.action, s.move.message) for s in starts]
+    outcomes = [
+        Outcome(_observed(world, s), dict(s.move.others or {}), s.reward, s.done) for s in starts
+    ]
+    judged = world.judge([s.belief for s in starts], blind, outcomes)
+    guesses = [
+        (about[outcome.others[other]], max(about.values()))
+        for judgement, outcome in zip(judged, outcomes, strict=True)
+        if judgement is not None
+        for other, about in judgement.others.items()
+    ]
+    found["view_nats"] = _mean([judgement.view_nll for judgement in judged if judgement is not None])
+    if guesses:
+        found["others_accuracy"] = _mean([real == best for real, best in guesses])
+        found["others_nats"] = _mean([-math.log(max(real, 1e-12)) for real, _ in guesses])
+    live = [(chain, 0, chain[0].belief) for chain in chains if len(chain) > horizon]
+    for ahead in range(horizon):
+        if not live:
+            break
+        moves = [chain[index].move for chain, index, _ in live]
+        seeds = _seeds(seed, 2 + ahead, len(live))
+        imagined = world.advance([belief for _, _, belief in live], moves, seeds)
+        live = [(c, i + 1, step.belief) for (c, i, _), step in zip(live, imagined, strict=True)]
+    if live:
+        ends = [chain[index - 1] for chain, index, _ in live]
+        right = _right(world, ends, [belief for _, _, belief in live])
+        found |= {f"step_{horizon}_{name}": share for name, share in right.items()}
+    return found
+
+
+def _right(world: TokenWorldModel, real: Sequence[Step], beliefs: Sequence[Any]) -> dict[str, float]:
+    """Shares of right views, of views right in their determined fields, and of right fields."""
+    view = world.format.language.view
+    found = {"exact": _mean([b.observation.text == s.view for s, b in zip(real, beliefs, strict=True)])}
+    if view is not None:
+        sure = [index for index, item in enumerate(view.fields) if item.determined]
+        pairs = [(view.parse(s.view), view.parse(b.observation.text)) for s, b in zip(real, beliefs, strict=True)]
+        if sure:
+            found["determined"] = _mean([all(one[i] == other[i] for i in sure) for one, other in pairs])
+        found["fields"] = _mean([x == y for one, other in pairs for x, y in zip(one, other, strict=True)])
+    return found
+
+
+def _observed(world: TokenWorldModel, step: Step) -> Any:
+    return world.observe(step.belief, step.view)
+
+
+def _seeds(seed: int, part: int, count: int) -> list[int]:
+    return [derive_seed(seed, part, number) for number in range(count)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
