@@ -7,8 +7,8 @@ it stops at the horizon, the model's value of what is still to come; its return 
 one moment are a group, as the games of one task instance are, so that credit, rows and loss take them as they are: an
 `Episode` whose `split` is `IMAGINED`, in which the others are players without tokens.
 
-An imagination in which the model writes something that is no step ends there with the lowest return that was imagined
-for the agent in the iteration, and is counted: what lies beyond the model is worth nothing to the agent.
+An imagination in which the model writes something that is no step ends there with the lowest return that the process
+imagined for the agent in the iteration, and is counted: what lies beyond the model is worth nothing to the agent.
 
 Parts: `ImaginationSettings`, `Imagination` (plays), `Imagined` (what it played) and `replayed` (a real moment's
 environment, for oracles). No step of an environment is taken and none is counted.
@@ -51,8 +51,8 @@ class ImaginationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratio: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Imagined turns per real turn of a learner, at the most: imaginations that end early have fewer. Real and imagined
-    tokens count the same in the loss."""
+    """Imagined turns per real turn of a learner if none ended before the horizon. Real and imagined tokens count the
+    same in the loss."""
     group: int = Field(8, ge=2)
     """Imaginations from one moment, which are compared with one another."""
     horizon: int = Field(4, ge=1)
@@ -138,25 +138,25 @@ class Imagination:
         """Groups of continuations of the agents' games.
 
         Args:
-            episodes: finished ones, whose turns are the moments; each is as likely as any other.
+            episodes: finished ones, of whose turns some are taken, each as likely as any other.
             seed: every random choice follows from it and from the moments.
 
         Raises:
             TrainingError: the model has no value to give where one is needed.
         """
         settings = self.settings
-        turns = [
+        moments = [
             Moment(episode, agent, index)
             for episode in episodes
             for agent, trajectory in episode.trajectories.items()
             for index, turn in enumerate(trajectory.turns)
             if turn.completion_ids and turn.adapter in self.learners
         ]
-        if not turns:
+        # Each by its name, so that a division of the rollout among processes chooses the same.
+        share = settings.ratio / (settings.group * settings.horizon)
+        moments = [moment for moment in moments if derive_seed(seed, "moment", moment.name) / 2.0**63 < share]
+        if not moments:
             return Imagined((), {})
-        count = min(len(turns), max(1, round(settings.ratio * len(turns) / (settings.group * settings.horizon))))
-        rng = np.random.default_rng(derive_seed(seed, "moments"))
-        moments = [turns[i] for i in sorted(rng.choice(len(turns), size=count, replace=False).tolist())]
         lines = self._begin(moments)
         for step in range(settings.horizon):
             self._advance([line for line in lines if not line.over], step, seed)

@@ -21,7 +21,10 @@ from numpy.typing import NDArray
 from preconcert.core import Episode, Span, SpanKind, TaskLanguage, Turn
 from preconcert.prompts import END_OF_PLAY
 from preconcert.training.credit import Guess, Outlook, TurnKey, guess_advantages, outlook_advantages
+from preconcert.training.credit.estimator import EPSILON
 from preconcert.training.rows import KINDS, Row
+
+_PAID_KINDS = (KINDS.index(SpanKind.INTEND), KINDS.index(SpanKind.FORESEE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,8 @@ def _probability(turn: Turn, span: Span) -> float:
 
 
 def pay(
-    rows: Sequence[Row], episodes: Sequence[Episode], found: Foretold, weights: tuple[float, float], scale: bool
-) -> tuple[list[Row], NDArray[np.int64]]:
+    rows: Sequence[Row], episodes: Sequence[Episode], found: Foretold, weights: tuple[float, float]
+) -> tuple[list[Row], NDArray[np.float64]]:
     """Rows whose prediction words carry the policy loss with advantages of their own.
 
     Args:
@@ -115,15 +118,14 @@ def pay(
         episodes: the rollout.
         found: from `foretold`.
         weights: of actions and of observations; 0 leaves the kind alone.
-        scale: divide by the standard deviation.
 
     Returns:
-        The rows, and how many of their tokens are paid for actions and for observations. Advantages are not yet
-        divided by those numbers: `weigh` does that, once all processes' are known.
+        The rows, and how many of their tokens are paid and the sum of their squared advantages, for actions and for
+        observations, shape (2, 2). `weigh` makes use of these once all processes' are known.
     """
-    paid = _paid(episodes, found, weights, scale)
+    paid = _paid(episodes, found, weights)
     starts = np.cumsum([0, *(episode.steps for episode in episodes)])
-    counts = np.zeros(2, dtype=np.int64)
+    totals = np.zeros((2, 2), dtype=np.float64)
     result: list[Row] = []
     for row in rows:
         policy, advantages, logprobs = row.policy.copy(), row.advantages.copy(), row.logprobs.copy()
@@ -139,12 +141,12 @@ def pay(
             advantages[places] = mine.advantages[mine.tokens]
             logprobs[places] = np.array(turn.logprobs, dtype=np.float32)[mine.tokens]
         result.append(replace(row, policy=policy, advantages=advantages, logprobs=logprobs))
-        counts += _counts(result[-1], weights)
-    return result, counts
+        totals += _totals(result[-1], weights)
+    return result, totals
 
 
 def weigh(
-    rows: Sequence[Row], weights: tuple[float, float], counts: NDArray[np.int64], task_tokens: int
+    rows: Sequence[Row], weights: tuple[float, float], totals: NDArray[np.float64], task_tokens: int, scale: bool
 ) -> list[Row]:
     """Advantages of predictions as shares of a mean over their own tokens.
 
@@ -154,32 +156,29 @@ def weigh(
     Args:
         rows: from `pay`.
         weights: of actions and of observations.
-        counts: tokens paid for each, of all processes.
+        totals: from `pay`, of all processes.
         task_tokens: tokens that carry the task's loss, of all processes.
+        scale: divide by the root mean square of the advantages, leaving the weights.
     """
-    factors = np.ones(len(KINDS) + 1, dtype=np.float64)
-    for kind, weight, count in zip((SpanKind.INTEND, SpanKind.FORESEE), weights, counts.tolist(), strict=True):
+    factors = np.ones(len(KINDS) + 1, dtype=np.float64)  # kind -1 takes the last one
+    for kind, weight, (count, squares) in zip(_PAID_KINDS, weights, totals.tolist(), strict=True):
+        if weight and count:
+            factors[kind] = task_tokens / count
+            factors[kind] /= (np.sqrt(squares / count) / weight + EPSILON) if scale else 1.0
+    return [replace(row, advantages=(row.advantages * factors[row.kinds]).astype(np.float32)) for row in rows]
+
+
+def _totals(row: Row, weights: tuple[float, float]) -> NDArray[np.float64]:
+    """Of one row, as `pay` returns them."""
+    found = np.zeros((2, 2), dtype=np.float64)
+    for number, (kind, weight) in enumerate(zip(_PAID_KINDS, weights, strict=True)):
         if weight:
-            factors[KINDS.index(kind)] = task_tokens / max(1, count)
-    return [
-        replace(row, advantages=(row.advantages * factors[row.kinds]).astype(np.float32)) for row in rows
-    ]  # kind -1 takes the last factor, which is 1
+            mine = row.advantages[row.policy & (row.kinds == kind)].astype(np.float64)
+            found[number] = len(mine), (mine**2).sum()
+    return found
 
 
-def _counts(row: Row, weights: tuple[float, float]) -> NDArray[np.int64]:
-    kinds = (KINDS.index(SpanKind.INTEND), KINDS.index(SpanKind.FORESEE))
-    return np.array(
-        [
-            int((row.policy & (row.kinds == kind)).sum()) if weight else 0
-            for kind, weight in zip(kinds, weights, strict=True)
-        ],
-        dtype=np.int64,
-    )
-
-
-def _paid(
-    episodes: Sequence[Episode], found: Foretold, weights: tuple[float, float], scale: bool
-) -> dict[TurnKey, _Paid]:
+def _paid(episodes: Sequence[Episode], found: Foretold, weights: tuple[float, float]) -> dict[TurnKey, _Paid]:
     """By turn, which of its tokens are paid and what."""
     paid: dict[TurnKey, _Paid] = {}
 
@@ -194,11 +193,11 @@ def _paid(
 
     action, observation = weights
     if action:
-        numbers = action * guess_advantages(found.guesses, scale)
+        numbers = action * guess_advantages(found.guesses)
         for guess, number in zip(found.guesses, numbers.tolist(), strict=True):
             give(guess.key, guess.start, guess.end, number)
     if observation:
-        numbers = observation * outlook_advantages(found.outlooks, scale)
+        numbers = observation * outlook_advantages(found.outlooks)
         for outlook, number in zip(found.outlooks, numbers.tolist(), strict=True):
             for start, end in outlook.places:
                 give(outlook.key, start, end, number)

@@ -280,13 +280,12 @@ class GameSource:
         metrics = {"prediction/weight_action": weights[0], "prediction/weight_observation": weights[1]}
         metrics |= prediction_metrics(episodes, found)
         if any(weights):
-            rows, counts = pay(rows, episodes, found, weights, settings.scale)
-            numbers = np.array([*counts, task_tokens])
+            rows, totals = pay(rows, episodes, found, weights)
             if self.world > 1:
                 parts: list[Any] = [None] * self.world
-                torch.distributed.all_gather_object(parts, numbers)
-                numbers = np.sum(parts, axis=0)
-            rows = weigh(rows, weights, numbers[:2], int(numbers[2]))
+                torch.distributed.all_gather_object(parts, (totals, task_tokens))
+                totals, task_tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
+            rows = weigh(rows, weights, totals, task_tokens, settings.scale)
         return rows, metrics
 
     def _rows(self, play: _Play, advantages: Mapping[TurnKey, Number]) -> list[Row]:

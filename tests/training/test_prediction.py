@@ -91,8 +91,6 @@ def test_without_the_distribution_guesses_are_compared_within_their_task_instanc
     assert found[:3] == pytest.approx(np.array([0.6, -0.3, -0.3]) - 0.0)
     assert not found[3:].any()  # nothing to compare them with
     assert guess_advantages([]).shape == (0,)
-    scaled = guess_advantages([*same, *other], scale=True)
-    assert np.sqrt(np.mean(scaled**2)) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_forecasts_that_come_true_are_as_good_as_each_other() -> None:
@@ -208,12 +206,17 @@ def test_distributions_are_those_that_were_sampled_from(checkpoint: Any, kind: s
 
 
 def paid_rows(
-    team: Any, episodes: Sequence[Episode], table: GrammarTable, weights: tuple[float, float], task: float = 1.0
+    team: Any,
+    episodes: Sequence[Episode],
+    table: GrammarTable,
+    weights: tuple[float, float],
+    task: float = 1.0,
+    scale: bool = False,
 ) -> list[Row]:
     rows, _ = rows_of(team, episodes, lambda n: task * (1.0, -0.7, 0.4)[n % 3], policy_spans=TASK_SPANS, table=table)
     tokens = sum(int(row.policy.sum()) for row in rows)
-    rows, counts = pay(rows, episodes, foretold(episodes, team.language), weights, False)
-    return weigh(rows, weights, counts, tokens)
+    rows, totals = pay(rows, episodes, foretold(episodes, team.language), weights)
+    return weigh(rows, weights, totals, tokens, scale)
 
 
 @pytest.mark.parametrize("context", Context)
@@ -270,6 +273,10 @@ def test_predictions_are_paid_as_a_mean_over_their_own_tokens(starter: Transform
     found = foretold(episodes, team.language).guesses
     assert len(given) == len(found)  # one token a word
     assert np.allclose(given / tokens, guess_advantages(found) / len(found), atol=1e-6)
+    rows = paid_rows(team, episodes, table, (3.0, 0.0), scale=True)
+    scaled = np.concatenate([row.advantages[there & row.policy] for row, there in zip(rows, intended, strict=True)])
+    assert np.sqrt(np.mean(scaled**2)) == pytest.approx(3.0 * tokens / len(found), rel=1e-2)
+    assert np.corrcoef(scaled, given)[0, 1] == pytest.approx(1.0)
 
 
 # ---- in a run

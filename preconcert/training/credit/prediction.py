@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from preconcert.training.credit.estimator import EPSILON, compared
+from preconcert.training.credit.estimator import compared
 from preconcert.training.credit.ledger import TurnKey
 
 
@@ -50,8 +50,8 @@ class PredictionSettings(BaseModel):
     observation_end: float | None = Field(None, ge=0, allow_inf_nan=False)
     """As `action_end`."""
     scale: bool = False
-    """Divide each kind of advantage by its standard deviation over the iteration. Without it, predictions that are
-    nearly certain move little."""
+    """Divide each kind of advantage by its root mean square over the iteration's tokens. Without it, predictions that
+    are nearly certain move little."""
 
     def weights(self, done: float) -> tuple[float, float]:
         """Of actions and of observations.
@@ -123,12 +123,11 @@ class Outlook:
     """Fields that came true, from 0 to 1."""
 
 
-def guess_advantages(guesses: Sequence[Guess], scale: bool = False) -> NDArray[np.float64]:
+def guess_advantages(guesses: Sequence[Guess]) -> NDArray[np.float64]:
     """1{right} − p(word), less its mean: under the agent's own distribution where known, otherwise in the group.
 
     Args:
         guesses: of one rollout.
-        scale: divide by the standard deviation over all of them.
 
     Returns:
         One number per guess, for all tokens of its word.
@@ -145,25 +144,17 @@ def guess_advantages(guesses: Sequence[Guess], scale: bool = False) -> NDArray[n
             found[place] = paid[place] - (guess.true_probability - guess.square)
     if unknown:
         found[unknown] = compared(keys, paid[unknown].tolist(), False)
-    return _scaled(found) if scale else found
+    return found
 
 
-def outlook_advantages(outlooks: Sequence[Outlook], scale: bool = False) -> NDArray[np.float64]:
+def outlook_advantages(outlooks: Sequence[Outlook]) -> NDArray[np.float64]:
     """The share of fields that came true, less its mean over the agent's same turns on the task instance.
 
     Args:
         outlooks: of one rollout.
-        scale: divide by the standard deviation over all of them.
 
     Returns:
         One number per outlook, for all tokens of its fields.
     """
     keys = [(outlook.group, outlook.key.agent, outlook.key.index) for outlook in outlooks]
-    found = compared(keys, [outlook.share for outlook in outlooks], False)
-    return _scaled(found) if scale else found
-
-
-def _scaled(advantages: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Divided by the root of the mean square: they are centred already, each in its own group."""
-    size = float(np.sqrt(np.mean(advantages**2))) if len(advantages) else 0.0
-    return advantages / (size + EPSILON)
+    return compared(keys, [outlook.share for outlook in outlooks], False)
