@@ -52,10 +52,9 @@ class PursuitScript:
         walls = {shift(here, side) for side in SIDES if said.get(f"wall_{side}") == "wall"}
         seen = [(prey, _there(here, said[f"{prey}_down"], said[f"{prey}_right"])) for prey in task.preys]
         found = next(((prey, cell) for prey, cell in seen if cell is not None), None)
-        told = None if found else _told(inbox)
-        target = found[1] if found else told
+        target = found[1] if found else _told(inbox)
         if target is not None and self.foresight:
-            target = self._meeting(task, here, target, said, told is not None)
+            target = self._meeting(task, here, target, said)
         if target is None:
             planned = str(rng.choice(ACTIONS)) if rng.random() < self.WANDER else "stay"
             following = "stay"
@@ -70,18 +69,21 @@ class PursuitScript:
             news = f"{cell[0]} {cell[1]} {said[f'{prey}_went']}"
         return Decision(action, f"{news} {following}")
 
-    def _meeting(self, task: Pursuit, here: Cell, place: Cell, said: dict[str, str], old: bool) -> Cell:
+    def _meeting(self, task: Pursuit, here: Cell, place: Cell, said: dict[str, str]) -> Cell:
         """The first cell of the evader's way that it can reach in time, and so can the mate it sees.
+
+        The place itself where a false message names it.
 
         Args:
             task: for the rule.
             here: the own cell.
             place: where the evader is, or was one step ago.
             said: the view by field.
-            old: `place` is one step old.
         """
         running = [evader for evader in task.evaders if not evader.caught]
         evader = min(running, key=lambda one: manhattan(one.cell, place))
+        if manhattan(evader.cell, place) > 1:
+            return place  # a false message; that it is one must not show
         mate = _there(here, said["mate_down"], said["mate_right"])
         hands = [here, *([mate] if mate is not None else [])]
         return _first_meeting(task.path_of(evader, int(said["left"])), hands, len(hands), task.params.reach)
@@ -166,6 +168,7 @@ def _step(start: Cell, goal: Cell, size: int, walls: Collection[Cell]) -> str:
 
 
 def _distances(goal: Cell, around: Surroundings) -> dict[Cell, int]:
+    """Moves to the goal, at least from the agents' cells that can reach it."""
     if around.walls:
         return distances(goal, around.size, around.walls)
     return {agent: manhattan(agent, goal) for agent in around.agents}
