@@ -143,7 +143,7 @@ def choose_starts(steps: int, horizons: Sequence[int], count: int, seed: int) ->
     """
     rng = np.random.default_rng(seed)
     ending = [steps - h for h in horizons if h <= steps]
-    chosen = {0, *(int(start) for start in rng.permutation(ending)[: max(1, count // 2)])}
+    chosen = {0, *(int(start) for start in rng.permutation(ending)[: count // 2])}
     for start in rng.permutation(steps):
         if len(chosen) >= min(count, steps):
             break
