@@ -28,6 +28,7 @@ from preconcert import __version__
 from preconcert.core import ConfigError, EnvError, PreconcertError, UnknownNameError
 
 if TYPE_CHECKING:
+    from preconcert.experiments.planned import Planned
     from preconcert.experiments.replay import Replay
     from preconcert.training.recipe import Recipe
 
@@ -99,6 +100,11 @@ PlayOverrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Imagine before acting; planner.KEY=VALUE changes the search.")]
+PlannerKind = Annotated[str, typer.Option("--planner", help="The search of --plan: best-of-k, beam or tree.")]
+WorldModelKind = Annotated[
+    str, typer.Option("--model", help="What --plan imagines with: token (the run's own), oracle or shuffled.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -231,6 +237,9 @@ def play(
     overrides: PlayOverrides = None,
     seed: Annotated[int, typer.Option(min=0, help="Which held-out instance.")] = 0,
     greedy: Greedy = False,
+    plan: Plan = False,
+    planner: PlannerKind = "best-of-k",
+    model: WorldModelKind = "token",
     as_json: AsJson = False,
 ) -> None:
     """One held-out episode, as people read it."""
@@ -239,12 +248,13 @@ def play(
     with _quiet():
         from preconcert.experiments.terminal import episode_view
 
-        recipe = override_play(load_run(run), overrides or [])
-        replay = _replays(run, recipe, [seed], seed, greedy)[0]
+        planned, others = _planned(plan, planner, model, greedy, overrides or [])
+        recipe = override_play(load_run(run), others)
+        replay = _replays(run, recipe, [seed], seed, greedy, planned)[0]
     if as_json:
-        _print_json(
-            {"run": str(run), "greedy": greedy, "channel": recipe.channel.model_dump(mode="json"), **replay.to_json()}
-        )
+        how = None if planned is None else {**planned.settings.model_dump(mode="json"), "model": planned.world.value}
+        channel = recipe.channel.model_dump(mode="json")
+        _print_json({"run": str(run), "greedy": greedy, "channel": channel, "planner": how, **replay.to_json()})
     else:
         console = _console()
         console.print(episode_view(replay, console.width))
@@ -259,6 +269,9 @@ def watch(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the task instances, as for `eval`.")] = 0,
     greedy: Greedy = False,
+    plan: Plan = False,
+    planner: PlannerKind = "best-of-k",
+    model: WorldModelKind = "token",
 ) -> None:
     """Write a page that replays held-out episodes; one file that loads nothing."""
     from preconcert.config import load_run
@@ -270,7 +283,8 @@ def watch(
 
         recipe = load_run(run)
         seeds = [spec.seed for spec in heldout_specs(recipe, episodes, seed)]
-        replays = _replays(run, recipe, seeds, seed, greedy)
+        planned, _ = _planned(plan, planner, model, greedy, [])
+        replays = _replays(run, recipe, seeds, seed, greedy, planned)
         ceiling = no_message_ceiling(recipe)
         figures, note = headline(saved_evaluation(run), ceiling)
         params = ", ".join(f"{key} {value}" for key, value in recipe.params.items())
@@ -280,7 +294,7 @@ def watch(
             ("agents", ", ".join(replays[0].agents)),
             ("parameters", params or "defaults"),
             ("seed", str(recipe.seed)),
-            ("decisions", "greedy" if greedy else "sampled"),
+            ("decisions", _decisions(greedy, planned)),
         ]
         curve = read_curve(run / "log.jsonl", ceiling)
         file = out or run / "replay.html"
@@ -531,10 +545,37 @@ def _delete_run(folder: Path) -> None:
     shutil.rmtree(folder.resolve())
 
 
-def _replays(run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: bool) -> list[Replay]:
+def _planned(
+    plan: bool, planner: str, model: str, greedy: bool, overrides: Sequence[str]
+) -> tuple[Planned | None, list[str]]:
+    """How a run is to plan, None if not at all; and the overrides that are not the planner's."""
+    from preconcert.experiments.planned import Planned, WorldKind, planner_settings, split_planner
+
+    values, others = split_planner(overrides)
+    if not plan:
+        if values:
+            raise ConfigError(f"planner.{next(iter(values))} changes the search of --plan, which is not asked for")
+        return None, others
+    if greedy:
+        raise ConfigError("--plan weighs turns that are sampled, --greedy always takes the same one; take one of them")
+    if model not in list(WorldKind):
+        raise UnknownNameError("world model", model, [kind.value for kind in WorldKind])
+    return Planned(planner_settings(planner, values), WorldKind(model)), others
+
+
+def _decisions(greedy: bool, planned: Planned | None) -> str:
+    if planned is None:
+        return "greedy" if greedy else "sampled"
+    return f"planned, {planned.settings.type} with the {planned.world.value} model"
+
+
+def _replays(
+    run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: bool, planned: Planned | None = None
+) -> list[Replay]:
     """Play held-out instances and lay them out for reading."""
     from preconcert.agents import ChannelMode
     from preconcert.experiments.evaluation import Players, heldout_specs, play
+    from preconcert.experiments.planned import planning_team
     from preconcert.experiments.replay import replay_of
     from preconcert.training.rollout import EpisodeSpec
 
@@ -542,7 +583,10 @@ def _replays(run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: boo
     specs = [EpisodeSpec(recipe.task, recipe.params, each, "heldout") for each in seeds]
     if recipe.channel.mode is ChannelMode.SHUFFLED:  # there must be somebody to swap messages with
         specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in seeds]
-    return [replay_of(each) for each in play(specs, players.team(greedy), recipe.channel, seed)[: len(seeds)]]
+    if planned is not None and planned.world.value == "shuffled":  # nor with answers
+        specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in {each.seed for each in specs}]
+    policy = players.team(greedy) if planned is None else planning_team(players, run, planned)
+    return [replay_of(each) for each in play(specs, policy, recipe.channel, seed)[: len(seeds)]]
 
 
 def _check_env(task: str, params: Mapping[str, Any]) -> tuple[list[str], list[str]]:

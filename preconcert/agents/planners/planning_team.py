@@ -50,6 +50,10 @@ class PlanningTeam:
         """That of the policy."""
         return self.policy.version
 
+    @version.setter
+    def version(self, value: int) -> None:
+        self.policy.version = value
+
     @property
     def tokens_generated(self) -> int:
         """Tokens written so far, by policy and world model."""

@@ -47,6 +47,10 @@ class SameTokensTeam:
         """That of the policy."""
         return self.policy.version
 
+    @version.setter
+    def version(self, value: int) -> None:
+        self.policy.version = value
+
     def version_of(self, adapter: str) -> int:
         """Number of updates behind an adapter."""
         asked = getattr(self.policy, "version_of", None)

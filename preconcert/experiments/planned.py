@@ -1,0 +1,122 @@
+"""Runs that plan: a finished run's team with a search in front of it, for playing, watching and experiments.
+
+Parts: `WorldKind` (what imagines), `planner_settings` (a kind of search and overrides), `split_planner` (overrides of a
+command that belong to the planner), `Planned` and `planning_team`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from preconcert.agents.planners import PLANNERS, PlannerSettings, PlanningTeam
+from preconcert.config import parse_override
+from preconcert.core import ConfigError, Rehearsing, UnknownNameError, WorldModel, nearest
+from preconcert.experiments.evaluation import Players
+from preconcert.world_models import OracleWorldModel, ShuffledWorldModel
+
+_PREFIX = "planner."
+
+
+class WorldKind(StrEnum):
+    """What imagines."""
+
+    TOKEN = "token"
+    """The run's own token world model."""
+    ORACLE = "oracle"
+    """The environment itself: what planning could gain with a perfect model."""
+    SHUFFLED = "shuffled"
+    """The run's own, with its answers exchanged between episodes: a control."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """How a team plans."""
+
+    settings: PlannerSettings
+    world: WorldKind = WorldKind.TOKEN
+
+
+def split_planner(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The planner's overrides by key without `planner.`, and all others."""
+    own: dict[str, Any] = {}
+    others: list[str] = []
+    for override in overrides:
+        if override.startswith(_PREFIX):
+            key, value = parse_override(override.removeprefix(_PREFIX))
+            own[key] = value
+        else:
+            others.append(override)
+    return own, others
+
+
+def planner_settings(kind: str, values: Mapping[str, Any]) -> PlannerSettings:
+    """Settings of a search.
+
+    Args:
+        kind: its `type`.
+        values: by key; dots go into `score` and `adaptive`.
+
+    Raises:
+        ConfigError: an unknown kind or key, or a value out of range.
+    """
+    if kind not in PLANNERS:
+        raise UnknownNameError("planner", kind, PLANNERS)
+    content: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        place = content
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    try:
+        return PLANNERS[kind].model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = _PREFIX + ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"unknown key {where!r}; {nearest(where, _keys(PLANNERS[kind]))}") from None
+        raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
+
+
+def planning_team(players: Players, run: Path, planned: Planned, team: Rehearsing | None = None) -> PlanningTeam:
+    """A run's team that plans.
+
+    Args:
+        players: of the run.
+        run: its folder.
+        planned: how.
+        team: who proposes; by default the trained team, sampled.
+
+    Raises:
+        ConfigError: the run has no world model of its own.
+    """
+    policy = team or players.team()
+    return PlanningTeam(policy, world_of(players, run, planned.world, policy), planned.settings)
+
+
+def world_of(players: Players, run: Path, kind: WorldKind, policy: Rehearsing) -> WorldModel:
+    """A world model by its kind; `policy` plays the others for the oracle.
+
+    Raises:
+        ConfigError: the run has no world model of its own.
+    """
+    if kind is WorldKind.ORACLE:
+        return OracleWorldModel(policy)
+    from preconcert.training.run import load_world_model
+
+    own: WorldModel = load_world_model(run, players.model)
+    return ShuffledWorldModel(own, 0) if kind is WorldKind.SHUFFLED else own
+
+
+def _keys(settings: type[BaseModel]) -> list[str]:
+    found: list[str] = []
+    for name, each in settings.model_fields.items():
+        inner = each.default if isinstance(each.default, BaseModel) else None
+        found += [_PREFIX + name] if inner is None else [f"{_PREFIX}{name}.{key}" for key in type(inner).model_fields]
+    return found

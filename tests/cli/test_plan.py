@@ -1,0 +1,63 @@
+"""`play --plan` and `watch --plan` on a tiny run, with the environment itself as the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from preconcert.agents.planners import PLANNERS
+
+Command = Callable[..., Result]
+SMALL = ("planner.candidates=4", "planner.horizon=2")
+
+
+@pytest.mark.parametrize("kind", PLANNERS)
+def test_a_decision_as_people_read_it(run: Path, run_command: Command, kind: str) -> None:
+    few = ("planner.rounds=3", "planner.leaves=3") if kind == "tree" else ("planner.samples=1",)
+    asked = ("play", run, *SMALL, *few, "--plan", "--planner", kind, "--model", "oracle")
+    text = run_command(*asked).stdout
+    assert "weighs" in text
+    assert "▸" in text
+    assert "disagreement" in text
+    assert "agent_1 does" in text
+    found = json.loads(run_command(*asked, "--json").stdout)
+    assert found["planner"]["type"] == kind
+    assert found["planner"]["candidates"] == 4
+    assert found["planner"]["model"] == "oracle"
+    for frame in found["frames"][:-1]:
+        for view in frame["views"]:
+            taken = [each for each in view["weighed"] if each["chosen"]]
+            assert [each["does"] for each in taken] == [view["does"]]
+            assert taken[0]["says"] == view["says"]
+            assert taken[0]["steps"][0]["others"][0]["came"] is not None
+            assert all(part["came"] for part in taken[0]["steps"][0]["view"])
+
+
+def test_the_page_draws_plans(run: Path, run_command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "replay.html"
+    run_command("watch", run, "--episodes", 1, "--plan", "--model", "oracle", "--out", file)
+    page = file.read_text(encoding="utf-8")
+    assert "planned, best-of-k with the oracle model" in page
+    assert '"weighed":[{' in page
+    assert "drawPlan" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--plan", "--planner", "beem"), "planner 'beem'"),
+        (("--plan", "--model", "orakle"), "did you mean 'oracle'?"),
+        (("--plan", "--greedy"), "take one of them"),
+        (("planner.samples=2",), "planner.samples changes the search of --plan"),
+        (("planner.sample=2", "--plan"), "did you mean 'planner.samples'?"),
+        (("planner.samples=0", "--plan"), "planner.samples = 0"),
+    ],
+)
+def test_refusals(run: Path, run_command: Command, words: tuple[str, ...], says: str) -> None:
+    result = run_command("play", run, *words)
+    assert result.exit_code == 2
+    assert says in result.stderr
