@@ -26,9 +26,9 @@ class PursuitParams(TaskParams):
 
     agents: int = Field(2, ge=2, le=8)
     """Team size."""
-    size: int = Field(7, ge=5, le=12)
+    size: int = Field(8, ge=5, le=12)
     """Rows and columns of the grid."""
-    horizon: int = Field(12, ge=6, le=64)
+    horizon: int = Field(14, ge=6, le=64)
     """Steps until the episode is cut off."""
     view: int = Field(2, ge=1, le=4)
     """How far an agent sees evaders and the others, in rows and columns."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class PursuitScript:
     """Knows what an agent knows: its observation and its inbox. Remembers nothing.
 
-    Runs to the cell where it sees an evader, or was told of one, and often keeps what it sees to itself. Without news
+    Runs to the cell where it sees an evader, or was told of one, and now and then keeps what it sees to itself. Without news
     it mostly waits. Its mistakes are drawn anew at every step.
 
     With foresight it is the same player, but for one thing: it knows the rule of an evader it sees or hears of, and
@@ -27,7 +27,7 @@ class PursuitScript:
 
     SLIP: ClassVar[float] = 0.05
     """Probability of a random action."""
-    SHY: ClassVar[float] = 0.25
+    SHY: ClassVar[float] = 0.15
     """Probability of not telling what is seen."""
     WANDER: ClassVar[float] = 0.15
     """Probability of a random action without news."""

@@ -143,12 +143,12 @@ def test_what_is_near_is_seen_with_its_last_moves() -> None:
     env = staged(((3, 1), (1, 1)), Evader("patrol", (3, 3), ("east",), ("east", "north")))
     seen = env.step({"agent_0": "east", "agent_1": "west"}).observations
     assert seen["agent_0"].text == (
-        "left 11 did east row 3 col 2 prey v0 e2 went east east mate n2 w2 did west"
+        "left 13 did east row 3 col 2 prey v0 e2 went east east mate n2 w2 did west"
     )
     assert seen["agent_0"].sees == ("agent_1",)
     assert seen["agent_0"].fields == {"row": "3", "col": "2", "prey_down": "v0", "prey_right": "e2"}
     assert seen["agent_1"].text == (
-        "left 11 did west row 1 col 0 prey far far went none none mate s2 e2 did east"
+        "left 13 did west row 1 col 0 prey far far went none none mate s2 e2 did east"
     )
 
 
