@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class PursuitScript:
     """Knows what an agent knows: its observation and its inbox. Remembers nothing.
 
-    Runs to the cell where it sees an evader, or was told of one, and now and then keeps what it sees to itself. Without news
-    it mostly waits. Its mistakes are drawn anew at every step.
+    Runs to the cell where it sees an evader, or was told of one, and now and then keeps what it sees to itself.
+    Without news it mostly waits. Its mistakes are drawn anew at every step.
 
     With foresight it is the same player, but for one thing: it knows the rule of an evader it sees or hears of, and
     runs to where it can meet it. The difference between the two is what foresight is worth.
