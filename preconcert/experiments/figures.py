@@ -141,3 +141,46 @@ def _plain(axis: Axes) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
+
+
+def reliability_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], bins: int = 10
+) -> Figure:
+    """Reliability diagrams: how often a forecast was right against how certain it was.
+
+    Args:
+        panels: by title, then by arm, groups of forecasts: mean confidence, share that was right, how many.
+        bins: of confidence, in which groups are put together; those with few forecasts are drawn small.
+    """
+    figure = Figure(figsize=(3.6 * max(1, len(panels)), 3.9), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, max(1, len(panels)), sharey=True))
+    names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
+    for axis, (title, arms) in zip(axes, panels.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color="#5f6673", lw=1, ls="--")
+        for name, points in arms.items():
+            said, was, count = (np.array(column) for column in zip(*points, strict=True))
+            which = np.minimum((said * bins).astype(int), bins - 1)
+            held = [which == each for each in range(bins) if count[which == each].sum() > 0]
+            number = names.index(name) % len(COLOURS)
+            x, y, size = (
+                [np.average(said[rows], weights=count[rows]) for rows in held],
+                [np.average(was[rows], weights=count[rows]) for rows in held],
+                [8 + 60 * count[rows].sum() / count.sum() for rows in held],
+            )
+            axis.plot(x, y, color=COLOURS[number], lw=1.2, alpha=0.7)
+            axis.scatter(x, y, s=size, color=COLOURS[number], marker=MARKS[number % len(MARKS)], label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("certainty", fontsize=9)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        _plain(axis)
+    axes[0].set_ylabel("share that was right", fontsize=9)
+    handles: dict[str, Artist] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+        )
+    return figure

@@ -1,0 +1,177 @@
+"""What world models learn from and are judged by: mixed play, held-out cases, and the world to replay plans in.
+
+Play is mixed from the task's random and scripted players and from a learner's warm-started team, by whole episodes. It
+follows from the recipe and the numbers of episodes alone, so all models of a task and seed share it; held-out play is
+the same for all seeds but for the learner's part. Parts: `Mixture`, `mixed_play`, `shared_play`, `coverage`,
+`heldout_cases`, `env_at`, `replayed`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from preconcert.core import Env, Episode, Policy, append_episodes, derive_seed, load_episodes
+from preconcert.envs import make_env
+from preconcert.experiments.evaluation import play
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy
+from preconcert.training.warm_cache import WarmCache
+from preconcert.world_models.experience import Setting, lived_by
+from preconcert.world_models.fidelity import Case, cases_of, choose_starts
+
+_FILE = "episodes.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Episodes by who plays them."""
+
+    random: int
+    scripted: int
+    learner: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.random + self.scripted + self.learner
+
+
+def mixed_play(
+    recipe: Recipe, learner: Policy, mixture: Mixture, split: str, seed: int, reporter: Reporter
+) -> list[Episode]:
+    """Play it.
+
+    Args:
+        recipe: task, parameters and channel.
+        learner: plays its part.
+        mixture: how much of each.
+        split: `train` or `heldout`.
+        seed: of task instances and choices.
+        reporter: receives progress.
+    """
+    found: list[Episode] = []
+    policies: Mapping[str, Policy] = {
+        "random": ScriptedPolicy("random"), "scripted": ScriptedPolicy("scripted"), "learner": learner,
+    }  # fmt: skip
+    for name, count in asdict(mixture).items():
+        if not count:
+            continue
+        reporter.stage(f"{split} play, {name}", count)
+        specs = [
+            EpisodeSpec(
+                recipe.task, recipe.params, derive_seed(seed, "world", split, name, number) % 2**31, split, number
+            )
+            for number in range(count)
+        ]
+        found += [_without_tokens(each) for each in play(specs, policies[name], recipe.channel, seed, reporter)]
+    return found
+
+
+def shared_play(
+    recipe: Recipe, learner: Policy, mixture: Mixture, folder: Path, warm_cache: Path, reporter: Reporter
+) -> list[Episode]:
+    """Play on training layouts that all models of a task and seed share: made by whoever needs it first.
+
+    Args:
+        recipe: of the learner, and so of the play.
+        learner: the team that its warm start made.
+        mixture: how much of each.
+        folder: of the cell, for a while.
+        warm_cache: where it is kept.
+        reporter: receives progress.
+    """
+    content = {"recipe": recipe.model_dump(mode="json"), "mixture": asdict(mixture)}
+    key = "play-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+    scratch = folder / "play"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+
+    def make(place: Path) -> None:
+        append_episodes(place / _FILE, mixed_play(recipe, learner, mixture, "train", recipe.seed, reporter))
+
+    WarmCache(warm_cache).copy(key, scratch, make, reporter)
+    episodes = list(load_episodes(scratch / _FILE).episodes)
+    shutil.rmtree(scratch)  # some ten MB, and the cache has them
+    return episodes
+
+
+def coverage(episodes: Sequence[Episode], cases: Sequence[Case]) -> dict[str, float]:
+    """How much of what is asked has been met in training.
+
+    Returns:
+        `seen_views` and `seen_transitions`: the shares of the cases' first views, and of those with the joint action,
+        that some training episode holds.
+    """
+    setting = Setting.of(episodes, cases[0].request.language)
+    views, transitions = set(), set()
+    for life in lived_by(episodes, setting.view):
+        for values, action, theirs in zip(life.views[:-1], life.actions, life.theirs, strict=True):
+            views.add((life.agent, values))
+            transitions.add((life.agent, values, action, theirs))
+    met = known = 0
+    for case in cases:
+        values, move = setting.view.parse(case.request.observation.text), case.moves[0]
+        theirs = tuple((move.others or {})[other] for other in case.request.others)
+        met += (case.request.agent, values) in views
+        known += (case.request.agent, values, move.action, theirs) in transitions
+    return {"seen_views": met / len(cases), "seen_transitions": known / len(cases)}
+
+
+def heldout_cases(episodes: Sequence[Episode], horizons: Sequence[int], starts: int) -> list[Case]:
+    """Cases of every agent of every episode.
+
+    Args:
+        episodes: held-out play.
+        horizons: that are measured.
+        starts: moments per episode; the first one is always among them.
+    """
+    found: list[Case] = []
+    for number, episode in enumerate(episodes):
+        language = make_env(episode.task, episode.params, episode.seed, episode.split).language
+        moments = choose_starts(episode.steps, horizons, starts, derive_seed("starts", number))
+        found += cases_of(episode, f"held-{number}", language, moments, env_at)
+    return found
+
+
+def env_at(episode: Episode, step: int) -> Env:
+    """An episode's world as it stood before a step."""
+    env = make_env(episode.task, episode.params, episode.seed, episode.split)
+    env.reset()
+    for at in range(step):
+        env.step({agent: mine.turns[at].action for agent, mine in episode.trajectories.items()})
+    return env
+
+
+def replayed(episode: Episode, actions: Sequence[Mapping[str, str]]) -> bool:
+    """Do these joint actions solve the instance of an episode? Not if one of them is illegal or they end too soon."""
+    env = env_at(episode, 0)
+    for joint in actions:
+        if any(action not in env.legal_actions(agent) for agent, action in joint.items()):
+            return False
+        result = env.step(joint)
+        if result.done:
+            return bool(result.success)
+    return False
+
+
+def _without_tokens(episode: Episode) -> Episode:
+    """What was seen, said, done and paid, without how it was written."""
+    trajectories = {
+        agent: replace(
+            mine,
+            turns=tuple(
+                replace(
+                    turn, prompt_ids=(), completion_ids=(), logprobs=(), sampled=(), spans=(), intentions=(), text=""
+                )
+                for turn in mine.turns
+            ),
+        )
+        for agent, mine in episode.trajectories.items()
+    }
+    return replace(episode, trajectories=trajectories)
