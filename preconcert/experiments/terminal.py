@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -363,7 +364,7 @@ def _weighed(candidates: Sequence[Weighed]) -> RenderableType:
 
 
 def _imagined(step: ImaginedMove, number: int) -> RenderableType:
-    line = Text("      ")
+    line = Text()
     if number:
         line.append(f"then {step.does}" + ("" if step.says is None else f" “{step.says}”") + ", ")
     for other in step.others:
@@ -378,7 +379,7 @@ def _imagined(step: ImaginedMove, number: int) -> RenderableType:
         line.append(f"reward {step.reward:g}", style="green")
     if step.paid is not None and step.paid != step.reward:
         line.append(f" (paid {step.paid:g})", style="red")
-    return line
+    return Padding(line, (0, 0, 0, 4))
 
 
 def _against(expected: str, came: str | None) -> str:
