@@ -10,14 +10,15 @@ one moment are a group, as the games of one task instance are, so that credit, r
 An imagination in which the model writes something that is no step ends there with the lowest return that the process
 imagined for the agent in the iteration, and is counted: what lies beyond the model is worth nothing to the agent.
 
-Parts: `ImaginationSettings`, `Imagination` (plays), `Imagined` (what it played) and `replayed` (a real moment's
+Parts: `ImaginationSettings`, `Imaginer` (plays), `Imagined` (what it played) and `replayed` (a real moment's
 environment, for oracles). No step of an environment is taken and none is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,23 @@ IMAGINED = "imagined"
 """The split of episodes that never happened."""
 
 
+class ImaginedIn(StrEnum):
+    """What the agents play on in."""
+
+    WORLD = "world"
+    """The recipe's world model, which sees what the agent has seen."""
+    ORACLE = "oracle"
+    """The environment itself, with everybody's true view: a ceiling. It saves nothing, although its steps are not
+    counted as real ones."""
+
+
 class ImaginationSettings(BaseModel):
     """How much is imagined, and from where."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ImaginedIn = ImaginedIn.WORLD
+    """What the agents play on in: `world` or `oracle`."""
 
     ratio: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Imagined turns per real turn of a learner if none ended before the horizon. Real and imagined tokens count the
@@ -108,7 +122,7 @@ class _Line:
         return bool(self.steps) and (self.steps[-1].done or self.steps[-1].malformed)
 
 
-class Imagination:
+class Imaginer:
     """Lets the agents of a team play on in a world model.
 
     Args:
@@ -116,8 +130,7 @@ class Imagination:
         team: whose agents; nothing that it remembers is changed.
         model: what they play in.
         learners: the adapters that learn; nobody else imagines.
-        env: gives the environment at a moment, for a `model` that is an oracle (`replayed`); None for models that do
-            not look at environments.
+        oracle: the model looks at environments and at everybody's views, and is given both as they were.
     """
 
     def __init__(
@@ -126,13 +139,14 @@ class Imagination:
         team: GenerativeTeam,
         model: WorldModel,
         learners: Collection[str],
-        env: Callable[[Moment], Env] | None = None,
+        oracle: bool = False,
     ) -> None:
         self.settings = settings
         self.team = team
         self.model = model
         self.learners = frozenset(learners)
-        self.env = env or _Beginnings().of
+        self.oracle = oracle
+        self._env = replayed if oracle else _Beginnings().of
 
     def imagine(self, episodes: Sequence[Episode], seed: int) -> Imagined:
         """Groups of continuations of the agents' games.
@@ -162,32 +176,46 @@ class Imagination:
             self._advance([line for line in lines if not line.over], step, seed)
         for moment in moments:
             self.model.finish(moment.name)
+            self.team.finish(moment.name)
         worst = self._worst(lines)
         return Imagined(
             tuple(self._episode(line, worst[line.moment.agent]) for line in lines), self._metrics(lines, len(moments))
         )
 
     def _begin(self, moments: Sequence[Moment]) -> list[_Line]:
-        requests = [self._request(moment) for moment in moments]
-        pasts = [moment.episode.trajectories[moment.agent].turns[: moment.index] for moment in moments]
+        """All continuations at their first view."""
+        seats = [(moment, moment.agent, self._env(moment)) for moment in moments]
+        if self.oracle:
+            seats += [
+                (moment, other, env)
+                for moment, _, env in seats
+                for other in moment.episode.trajectories
+                if other != moment.agent
+            ]
+        requests = [self._request(moment, agent, env) for moment, agent, env in seats]
+        pasts = [moment.episode.trajectories[agent].turns[: moment.index] for moment, agent, _ in seats]
+        memories = [self._memory(past) for past in pasts]
+        if self.oracle:  # it asks the team what the others do
+            for request, memory in zip(requests, memories, strict=True):
+                self.team.remember(request.episode, request.agent, memory)
         beliefs = self.model.begin(requests, pasts)
         return [
-            _Line(moment, sample, request, self._memory(past), belief)
-            for moment, request, past, belief in zip(moments, requests, pasts, beliefs, strict=True)
+            _Line(moment, sample, request, memory, belief)
+            for moment, request, memory, belief in zip(moments, requests, memories, beliefs, strict=False)
             for sample in range(self.settings.group)
         ]
 
-    def _request(self, moment: Moment) -> TurnRequest:
-        turn = moment.episode.trajectories[moment.agent].turns[moment.index]
+    def _request(self, moment: Moment, agent: str, env: Env) -> TurnRequest:
+        turn = moment.episode.trajectories[agent].turns[moment.index]
         return TurnRequest(
             episode=moment.name,
-            agent=moment.agent,
+            agent=agent,
             observation=turn.observation,
             inbox=turn.inbox,
-            others=tuple(other for other in moment.episode.trajectories if other != moment.agent),
+            others=tuple(other for other in moment.episode.trajectories if other != agent),
             language=self.team.language,
             seed=0,
-            env=self.env(moment),
+            env=env,
             player=turn.adapter,
         )
 

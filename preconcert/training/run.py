@@ -10,6 +10,7 @@ The run folder:
     league/NAME@N/        adapters as they were after N iterations, where there is a league
     episodes.jsonl        every training episode
     log.jsonl             one line per iteration
+    world/                the world model's adapter and report, where the recipe has one
     warm_start.json, gate.json, result.json   what each stage found; written when it is over
 """
 
@@ -36,6 +37,7 @@ from preconcert.core import (
     Episode,
     TrainingError,
     UnknownNameError,
+    WorldModel,
     derive_seed,
     keep_episodes_before,
 )
@@ -46,6 +48,7 @@ from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
+from preconcert.training.imagination import ImaginedIn, Imaginer
 from preconcert.training.league import League, check_scripts, gather, learners_of
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
@@ -56,6 +59,8 @@ from preconcert.training.source import GameSource, record_name
 from preconcert.training.update import Order
 from preconcert.training.warm_cache import WarmCache, warm_basis, warm_key
 from preconcert.training.warm_start import WarmStartMethod, fine_tune, supervised_examples
+from preconcert.training.world_stage import ADAPTER, WorldRefresh, load_world_model, mix_world_rows, train_stage
+from preconcert.world_models import OracleValue, OracleWorldModel, TokenWorldModel
 
 RESULT = "result.json"
 _IMITATOR = "imitator"
@@ -102,6 +107,8 @@ def train(
         return out
     cache = WarmCache(warm_cache) if warm_cache is not None else None
     _one_at_a_time(rank, world, lambda: warm_start(recipe, out, env, assignment, reporter, cache))
+    if recipe.world_model is not None:
+        _one_at_a_time(rank, world, lambda: train_stage(recipe, out, env, assignment, reporter))
     model = load_model(recipe, out, out / "warm")
     if recipe.grpo.iterations:
         if not trainable:
@@ -148,6 +155,11 @@ def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
     """What can be known to fail before anything is made."""
     if recipe.model != STARTER:
         check_model_name(recipe.model)
+    if recipe.world_model is not None and ADAPTER in adapter_names(recipe, assignment):
+        raise ConfigError(f"adapter {ADAPTER!r} is the world model's; give the agents' another name")
+    imagined = recipe.grpo.imagination
+    if imagined is not None and imagined.model is ImaginedIn.WORLD and recipe.world_model is None:
+        raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
     learning = sum(name not in recipe.frozen for name in assignment.values())
     if recipe.update.order is Order.SEQUENTIAL and learning and recipe.grpo.minibatches % learning:
         raise ConfigError(
@@ -274,13 +286,15 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
     if basis.model == STARTER:
         texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
         texts += [t.final_observation.text for e in episodes for t in e.trajectories.values()]
-        words = starter_words([*texts, *getattr(env, "words", ())], env.language, env.agents)
+        digits = basis.world_model is not None
+        words = starter_words([*texts, *getattr(env, "words", ())], env.language, env.agents, digits)
         source = str(build_starter(words, folder / "blank", derive_seed(basis.seed, "starter"), basis.starter))
     model = TransformersModel.load(source, basis.lora, basis.dtype)
     log: list[dict[str, float]] = []
     if settings.episodes:
         turn_format = TurnFormat(model.tokenizer, env.language, basis.agent.spans, basis.agent.memory)
         examples = supervised_examples(episodes, turn_format, basis.agent)
+        examples, settings = mix_world_rows(basis, episodes, examples, turn_format, reporter)
         reporter.stage("warm start", settings.steps)
         callbacks: list[TrainerCallback] = [_Progress(reporter)]
         scratch = folder / "scratch"
@@ -390,7 +404,21 @@ def _reinforce(
     league = make_league(recipe, out, model, env, team, rank, world) if recipe.league is not None else None
     if league is not None and held is None:
         league.clear()
-    source = GameSource(recipe, team, table, frozenset(trainable), folder, rank, world, values=values, league=league)
+    refresh, own = _own_world(recipe, out, model, begin, world)
+    imaginer = make_imaginer(recipe, team, trainable, own)
+    source = GameSource(
+        recipe,
+        team,
+        table,
+        frozenset(trainable),
+        folder,
+        rank,
+        world,
+        refresh,
+        values=values,
+        league=league,
+        imaginer=imaginer,
+    )
     reporter.stage("reinforcement learning", settings.iterations)
     reporter.advance(begin)
     reference = None
@@ -424,6 +452,21 @@ def _reinforce(
     model.base.eval()
 
 
+def _own_world(
+    recipe: Recipe, out: Path, model: TransformersModel, begin: int, world: int
+) -> tuple[WorldRefresh | None, TokenWorldModel | None]:
+    """What keeps the world model up to date, and the model itself; None where reinforcement learning needs neither."""
+    imagined = recipe.grpo.imagination
+    if recipe.world_model is not None and recipe.world_model.refresh_every:
+        if world > 1:
+            raise ConfigError("world_model.refresh_every is for runs of one process: rollouts are not shared for it")
+        refresh = WorldRefresh(recipe, out, model, begin)
+        return refresh, refresh.world
+    if imagined is not None and imagined.model is ImaginedIn.WORLD:
+        return None, load_world_model(out, model)
+    return None, None
+
+
 def make_league(
     recipe: Recipe, out: Path, model: TransformersModel, env: Env, team: GenerativeTeam, rank: int = 0, world: int = 1
 ) -> League:
@@ -433,6 +476,31 @@ def make_league(
     main = next(iter(assign(recipe, env).values()))
     exchange = gather if world > 1 else None
     return League(recipe.league, env, model, team, main, out, recipe.seed, rank, exchange)
+
+
+def make_imaginer(
+    recipe: Recipe, team: GenerativeTeam, trainable: Collection[str], model: WorldModel | None
+) -> Imaginer | None:
+    """Who lets the agents play on as a recipe asks for; None where it does not.
+
+    Args:
+        recipe: whose `grpo.imagination` counts.
+        team: whose agents.
+        trainable: the adapters that learn.
+        model: the recipe's world model, if it has one.
+
+    Raises:
+        ConfigError: it wants to imagine in a world model and has none.
+    """
+    settings = recipe.grpo.imagination
+    if settings is None:
+        return None
+    if settings.model is ImaginedIn.ORACLE:
+        value = OracleValue.ROLLOUT if settings.value else OracleValue.NONE
+        return Imaginer(settings, team, OracleWorldModel(team, value), trainable, oracle=True)
+    if model is None:
+        raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
+    return Imaginer(settings, team, model, trainable)
 
 
 def make_critic(

@@ -27,7 +27,7 @@ from preconcert.training.credit import (
     ledger_of,
 )
 from preconcert.training.grpo import Rollout
-from preconcert.training.imagination import Imagination
+from preconcert.training.imagination import Imaginer
 from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.prediction import foretold, pay, prediction_metrics, weigh
@@ -66,7 +66,7 @@ class GameSource:
         on_rollout: called with (iteration, episodes, metrics).
         values: a critic's estimates of a rollout, for credit estimators that need them.
         league: who plays whom; None for the team's own assignment.
-        imagination: lets the agents play on in a world model; None where nothing is imagined.
+        imaginer: lets the agents play on in a world model; None where nothing is imagined.
 
     Raises:
         ConfigError: the credit estimator needs values and there is nobody to give them, or rewards are scaled for an
@@ -85,7 +85,7 @@ class GameSource:
         on_rollout: Callable[[int, list[Episode], dict[str, float]], None] | None = None,
         values: Callable[[Sequence[Episode]], Values] | None = None,
         league: League | None = None,
-        imagination: Imagination | None = None,
+        imaginer: Imaginer | None = None,
     ) -> None:
         if recipe.grpo.credit.needs_values and values is None:
             raise ConfigError(f"grpo.credit={recipe.grpo.credit.type} needs a critic's values, and there is no critic")
@@ -98,7 +98,7 @@ class GameSource:
         self.on_rollout = on_rollout
         self.values = values
         self.league = league
-        self.imagination = imagination
+        self.imaginer = imaginer
         team.keep_distributions = recipe.grpo.prediction is not None
         self.credit_state: dict[str, float] = {}
         self.settings = RowSettings(
@@ -255,17 +255,17 @@ class GameSource:
     def _imagine(self, iteration: int, episodes: Sequence[Episode]) -> tuple[list[Row], dict[str, float]]:
         """Rows of what the agents imagine, credited among themselves, and figures about them. Imaginations teach no
         predictions, and estimators learn nothing for the next iteration from them."""
-        imagination, started = self.imagination, time.perf_counter()
-        if imagination is None or iteration < imagination.settings.warmup_iterations:
+        imaginer, started = self.imaginer, time.perf_counter()
+        if imaginer is None or iteration < imaginer.settings.warmup_iterations:
             return [], {}
-        found = imagination.imagine(episodes, derive_seed(self.recipe.seed, "imagine", iteration))
+        found = imaginer.imagine(episodes, derive_seed(self.recipe.seed, "imagine", iteration))
         ledger = ledger_of(found.episodes, self.recipe.grpo.rewards, None, self.settings.trainable)
         credit = self.recipe.grpo.credit.estimate(ledger, self.credit_state)
         blind = replace(self.settings, hindsight=False)
         rows = build_rows(found.episodes, credit.advantages, self.team, self.table, blind)
         offset = sum(episode.steps for episode in episodes)
         rows = [replace(row, joint=np.where(row.joint >= 0, row.joint + offset, -1)) for row in rows]
-        figures = {"imagination/rows": float(len(rows)), "imagination/seconds": time.perf_counter() - started}
+        figures = {"imagination/rows": float(len(rows)), "imagination_s": time.perf_counter() - started}
         return rows, {**found.metrics, **figures}
 
     def _pay_predictions(

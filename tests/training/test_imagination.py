@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from preconcert.agents import AgentSettings, Context
 from preconcert.core import (
+    ConfigError,
     Env,
     Episode,
     ImaginedStep,
@@ -29,9 +32,11 @@ from preconcert.core import (
 )
 from preconcert.models import TransformersModel
 from preconcert.training.credit import estimate
-from preconcert.training.imagination import IMAGINED, Imagination, ImaginationSettings, Moment, replayed
+from preconcert.training.imagination import IMAGINED, ImaginationSettings, Imaginer, Moment, replayed
 from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Silent
 from preconcert.training.rows import GrammarTable, Row, build_rows
+from preconcert.training.run import make_imaginer, train
 from preconcert.training.source import GameSource
 from tests.training.teams import (
     AGENTS,
@@ -100,9 +105,9 @@ def lucky_reward(fields: Mapping[str, str]) -> float:
     return 0.1 * int(fields["row"]) + 0.01 * int(fields["col"])
 
 
-def imagination_on(team: Any, model: WorldModel, **settings: Any) -> Imagination:
+def imaginer_on(team: Any, model: WorldModel, **settings: Any) -> Imaginer:
     plain: dict[str, Any] = {"ratio": 3.0, "group": 3, "horizon": 2}
-    return Imagination(ImaginationSettings(**{**plain, **settings}), team, model, AGENTS, replayed)
+    return Imaginer(ImaginationSettings(**{**plain, **settings}), team, model, AGENTS, oracle=True)
 
 
 def as_played(imagined: Episode, real: Sequence[Episode]) -> Episode:
@@ -145,11 +150,11 @@ def test_imagined_games_are_trained_on_like_real_ones(
     """The decisions imagined in an exact model, carried out, are the same episodes, rows and gradients."""
     team, table = team_on(starter, settings), GrammarTable()
     recipe = recipe_of(hindsight_weight=0.5)
-    imagination = imagination_on(team, Truth(lucky=True))
-    source = GameSource(recipe, team, table, frozenset(AGENTS), None, imagination=imagination)
+    imaginer = imaginer_on(team, Truth(lucky=True))
+    source = GameSource(recipe, team, table, frozenset(AGENTS), None, imaginer=imaginer)
     real = play(team, seeds=2, group=2)
     rows, figures = source._imagine(0, real)
-    imagined = imagination.imagine(real, derive_seed(recipe.seed, "imagine", 0)).episodes
+    imagined = imaginer.imagine(real, derive_seed(recipe.seed, "imagine", 0)).episodes
     played = [as_played(one, real) for one in imagined]
     for dreamt, lived in zip(imagined, played, strict=True):
         for agent, trajectory in dreamt.trajectories.items():
@@ -172,8 +177,8 @@ def test_a_rollout_counts_real_and_imagined_apart(starter: TransformersModel) ->
     team, model = team_on(starter), Truth(lucky=True)
     recipe = recipe_of(warmup_iterations=0)
     alone = GameSource(recipe, team_on(starter), GrammarTable(), frozenset(AGENTS), None).collect(1)
-    imagination = imagination_on(team, model, ratio=2.0, warmup_iterations=1)
-    source = GameSource(recipe, team, GrammarTable(), frozenset(AGENTS), None, imagination=imagination)
+    imaginer = imaginer_on(team, model, ratio=2.0, warmup_iterations=1)
+    source = GameSource(recipe, team, GrammarTable(), frozenset(AGENTS), None, imaginer=imaginer)
     first = source.collect(0)
     assert not any(name.startswith("imagination/") for name in first.metrics)
     assert not model.calls
@@ -198,9 +203,9 @@ def test_a_rollout_counts_real_and_imagined_apart(starter: TransformersModel) ->
 def test_the_same_iteration_imagines_the_same(starter: TransformersModel) -> None:
     def collect() -> Any:
         team = team_on(starter)
-        imagination = imagination_on(team, Truth(lucky=True))
+        imaginer = imaginer_on(team, Truth(lucky=True))
         return GameSource(
-            recipe_of(), team, GrammarTable(), frozenset(AGENTS), None, imagination=imagination
+            recipe_of(), team, GrammarTable(), frozenset(AGENTS), None, imaginer=imaginer
         ).collect(3)
 
     one, other = collect(), collect()
@@ -211,7 +216,7 @@ def test_the_same_iteration_imagines_the_same(starter: TransformersModel) -> Non
 def test_returns_and_ends(starter: TransformersModel) -> None:
     team = team_on(starter)
     real = play(team, seeds=1, group=2)
-    for one in imagination_on(team, Truth(lucky=True)).imagine(real, 0).episodes:
+    for one in imaginer_on(team, Truth(lucky=True)).imagine(real, 0).episodes:
         (mine,) = [t for t in one.trajectories.values() if t.turns[0].completion_ids]
         (other,) = [t for t in one.trajectories.values() if not t.turns[0].completion_ids]
         assert one.split == IMAGINED
@@ -223,17 +228,17 @@ def test_returns_and_ends(starter: TransformersModel) -> None:
         views = [turn.observation for turn in mine.turns[1:]] + [mine.final_observation]
         assert mine.total_reward == pytest.approx(sum(lucky_reward(v.fields) for v in views) + 0.25 * (not over))
         assert other.total_reward == mine.total_reward
-    bare = imagination_on(team, Truth(lucky=True, value=None), value=False).imagine(real, 0)
+    bare = imaginer_on(team, Truth(lucky=True, value=None), value=False).imagine(real, 0)
     assert bare.metrics["imagination/return"] < 0.5
     with pytest.raises(TrainingError, match="Truth gives no value at the horizon"):
-        imagination_on(team, Truth(value=None), horizon=1).imagine(real, 0)
-    assert imagination_on(team, Truth(value=None), horizon=HORIZON).imagine(real, 0).metrics["imagination/ended"] == 1
+        imaginer_on(team, Truth(value=None), horizon=1).imagine(real, 0)
+    assert imaginer_on(team, Truth(value=None), horizon=HORIZON).imagine(real, 0).metrics["imagination/ended"] == 1
 
 
 def test_what_the_model_cannot_write_is_worth_the_least(starter: TransformersModel) -> None:
     team = team_on(starter)
     real = play(team, seeds=2, group=2)
-    found = imagination_on(team, Truth(lucky=True, fails="north")).imagine(real, 0)
+    found = imaginer_on(team, Truth(lucky=True, fails="north")).imagine(real, 0)
     totals: dict[bool, list[float]] = {True: [], False: []}
     least: dict[str, float] = {}
     for one in found.episodes:
@@ -259,17 +264,17 @@ def test_nobody_imagines_who_does_not_learn(starter: TransformersModel) -> None:
     team = team_on(starter)
     real = play(team, seeds=1, group=2)
     plain = ImaginationSettings(ratio=5.0, group=2, horizon=1)
-    found = Imagination(plain, team, Truth(), {"agent_1"}, replayed).imagine(real, 0)
+    found = Imaginer(plain, team, Truth(), {"agent_1"}, oracle=True).imagine(real, 0)
     writers = {a for one in found.episodes for a, t in one.trajectories.items() if t.turns[0].completion_ids}
     assert writers == {"agent_1"}
-    assert Imagination(plain, team, Truth(), set(), replayed).imagine(real, 0).episodes == ()
+    assert Imaginer(plain, team, Truth(), set()).imagine(real, 0).episodes == ()
 
 
 def test_the_world_models_adapter_is_not_trained(checkpoint: Any, tmp_path: Path) -> None:
     model = load(checkpoint("starter"), (*AGENTS, "world"))
     team, table = team_on(model), GrammarTable()
-    imagination = imagination_on(team, Truth(lucky=True))
-    source = GameSource(recipe_of(), team, table, frozenset(AGENTS), None, imagination=imagination)
+    imaginer = imaginer_on(team, Truth(lucky=True))
+    source = GameSource(recipe_of(), team, table, frozenset(AGENTS), None, imaginer=imaginer)
     before = weights_of(model)
     trainer_on(model, source, table, tmp_path).train()
     after = weights_of(model)
@@ -299,3 +304,57 @@ def test_a_moment_that_cannot_be_found_again_is_refused(starter: TransformersMod
 def test_settings_that_compare_nothing_are_refused(grpo: Any, rest: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Recipe.model_validate({"task": "kuhn", "grpo": {"imagination": {}, **grpo}, **rest})
+
+
+class Interrupted(Exception):
+    """The power went."""
+
+
+class Breaker(Silent):
+    """A reporter that ends a run after some iterations."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations, self.name = iterations, ""
+
+    def stage(self, name: str, total: int) -> None:
+        self.name = name
+
+    def advance(self, done: int, note: str = "") -> None:
+        if self.name == "reinforcement learning" and done == self.iterations:
+            raise Interrupted
+
+
+def test_a_run_that_imagines_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Imagined games and annealed prediction rewards: an interrupted run ends like one that was not."""
+    recipe = recipe_of(
+        iterations=4, checkpoint_every=2, lr=0.02, prediction={"action": 1.0, "action_end": 0.5},
+        imagination={"model": "oracle", "ratio": 1.0, "group": 2, "horizon": 2, "warmup_iterations": 1},
+    )  # fmt: skip
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "broken", reporter=Breaker(3))
+    broken = train(recipe, tmp_path / "broken", resume=True)
+    one, other = (
+        [
+            {key: value for key, value in json.loads(line).items() if not key.endswith(("_s", "_time", "_runtime"))}
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (whole, broken)
+    )
+    assert one == other
+    assert len(one) == 4
+    assert all(line["environment_steps"] == 2 * 2 * HORIZON for line in one)
+    assert [line.get("imagination/rows", 0) > 0 for line in one] == [False, True, True, True]
+    assert [line["prediction/weight_action"] for line in one] == pytest.approx([1.0, 5 / 6, 4 / 6, 0.5])
+    for name in AGENTS:
+        mine = load_file(whole / "adapters" / name / "adapter_model.safetensors")
+        theirs = load_file(broken / "adapters" / name / "adapter_model.safetensors")
+        assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
+
+
+def test_imagining_in_a_world_model_needs_one(starter: TransformersModel) -> None:
+    team = team_on(starter)
+    with pytest.raises(ConfigError, match="no world_model section"):
+        make_imaginer(recipe_of(imagination={}), team, AGENTS, None)
+    assert make_imaginer(recipe_of(), team, AGENTS, None) is None
+    assert make_imaginer(recipe_of(imagination={}), team, AGENTS, Truth()) is not None
