@@ -90,6 +90,8 @@ class TokenWorldModel:
         self.adapter = adapter
         self.assignment = dict(assignment or {})
         self.settings = settings or TokenWorldSettings()
+        self.tokens_generated = 0
+        """Tokens of imagined answers written so far, forced ones included."""
         for name in (adapter, *self.assignment.values()):
             if name is not None and name not in model.adapters:
                 raise UnknownNameError("adapter", name, model.adapters)
@@ -121,6 +123,7 @@ class TokenWorldModel:
                 for belief, move, seed in zip(beliefs, moves, seeds, strict=True)
             ]
         )
+        self.tokens_generated += sum(len(completion.ids) for completion in completions)
         return [
             self._step(belief, move, completion)
             for belief, move, completion in zip(beliefs, moves, completions, strict=True)
