@@ -17,6 +17,7 @@ from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.league import LeagueSettings
 from preconcert.training.update import Order, RatioLevel, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
+from preconcert.training.world_settings import WorldModelSettings
 
 STARTER = "starter"
 """The model name that stands for the embedded default."""
@@ -182,6 +183,8 @@ class Recipe(BaseModel):
     """The critic of `ppo`."""
     update: UpdateSettings = UpdateSettings()
     """Order of agents, level of the ratio, corrections and limits."""
+    world_model: WorldModelSettings | None = None
+    """A token world model beside the team: rows for it in the warm start, and an adapter of its own; null: none."""
     league: LeagueSettings | None = None
     """Who plays against whom where agents are opponents; null: the assigned adapters, all of them at present. With a
     league all agents share one adapter."""

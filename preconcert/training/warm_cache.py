@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -23,6 +24,7 @@ from filelock import FileLock
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.warm_start import WarmStartMethod
+from preconcert.training.world_settings import WorldModelSettings
 
 BASIS = ("task", "params", "model", "dtype", "starter", "lora", "agent", "warm_start", "seed", "threads")
 """Keys of a recipe that the supervised phase reads."""
@@ -31,7 +33,19 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft")
 
 def warm_basis(recipe: Recipe) -> Recipe:
     """The recipe with everything at its default that the supervised phase does not read."""
-    return Recipe(**{name: getattr(recipe, name) for name in BASIS})
+    read = {name: getattr(recipe, name) for name in BASIS}
+    if recipe.world_model is not None:
+        read["world_model"] = WorldModelSettings(**world_part(recipe))
+    return Recipe(**read)
+
+
+def world_part(recipe: Recipe) -> dict[str, Any]:
+    """What the supervised phase reads of the section `world_model`; empty without one."""
+    section = recipe.world_model
+    if section is None:
+        return {}
+    # Without rows for the base only its words are different.
+    return {"share": section.share, **({"random_episodes": section.random_episodes} if section.share else {})}
 
 
 def warm_key(recipe: Recipe, first_adapter: str) -> str:
@@ -42,6 +56,8 @@ def warm_key(recipe: Recipe, first_adapter: str) -> str:
         first_adapter: the adapter that is trained under method `lora`; its name seeds it. It has no effect otherwise.
     """
     content = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
+    if recipe.world_model is not None:  # recipes without one keep the keys that they always had
+        content["world_model"] = world_part(recipe)
     content["adapter"] = first_adapter if recipe.warm_start.method is WarmStartMethod.LORA else None
     content["libraries"] = {name: metadata.version(name) for name in _LIBRARIES}
     content["cuda"] = torch.cuda.is_available()

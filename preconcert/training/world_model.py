@@ -1,8 +1,8 @@
 """Training a token world model's adapter through TRL: a cross-entropy per part of the answer, each with its own
 denominator and weight.
 
-Parts: `span_losses` (the loss as a pure function), `train_world_model`, and `heldout_report` (what the trained model
-says about play on other layouts). Rows come from `world_data.py`.
+Parts: `span_losses` (the loss as a pure function), `train_world_model`, `refine` (a few steps beside another trainer),
+and `heldout_report` (what the trained model says about play on other layouts). Rows come from `world_data.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from preconcert.core import Episode, Move, Outcome, UnknownNameError, derive_seed
-from preconcert.models import TransformersModel
+from preconcert.models import TransformersModel, route_rows
 from preconcert.models.constrained import HeadScale, head_scale
 from preconcert.training.world_data import WorldData, collate
 from preconcert.training.world_rows import LOSSES, Step, world_steps
@@ -53,6 +53,24 @@ def span_losses(
     return found
 
 
+def part_losses(model: Any, batch: Mapping[str, Tensor], scale: HeadScale) -> dict[str, Tensor]:
+    """The losses of a batch from `collate`; only places that carry a loss are projected onto the vocabulary.
+
+    Args:
+        model: a causal language model, its adapters inside.
+        batch: from `collate`.
+        scale: what the architecture does to its logits.
+    """
+    hidden = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    kinds = batch["kinds"][:, 1:]
+    counted = kinds > 0
+    logits = scale.apply(model.get_output_embeddings()(hidden[:, :-1][counted]))
+    token_weights = batch["row_weights"][:, None].expand(kinds.shape)[counted]
+    return span_losses(logits, batch["input_ids"][:, 1:][counted], kinds[counted], token_weights)
+
+
 def total_loss(parts: Mapping[str, Tensor], weights: WorldWeights) -> Tensor:
     """The weighted sum of the parts' losses."""
     return torch.stack([getattr(weights, name) * loss for name, loss in parts.items()]).sum()
@@ -72,14 +90,7 @@ class WorldTrainer(SFTTrainer):
     ) -> Any:
         """The weighted sum of the parts' losses; each part is logged as `loss_PART`."""
         core = self.accelerator.unwrap_model(model)
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
-        body = core.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        kinds = inputs["kinds"][:, 1:]
-        counted = kinds > 0
-        head = core.get_output_embeddings()
-        logits = self.scale.apply(head(body.last_hidden_state[:, :-1][counted]))
-        token_weights = inputs["row_weights"][:, None].expand(kinds.shape)[counted]
-        parts = span_losses(logits, inputs["input_ids"][:, 1:][counted], kinds[counted], token_weights)
+        parts = part_losses(core.get_base_model() if hasattr(core, "get_base_model") else core, inputs, self.scale)
         for name, loss in parts.items():
             self._metrics["train"][f"loss_{name}"].append(float(loss.detach()))
         loss = total_loss(parts, self.weights)
@@ -174,6 +185,51 @@ def train_world_model(
             parameter.requires_grad_(wanted_grad)
         model.base.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def refine(
+    model: TransformersModel,
+    world: TokenWorldModel,
+    sources: Mapping[str, Sequence[Episode]],
+    settings: WorldTraining,
+    seed: int,
+) -> dict[str, float]:
+    """A few steps of the same training without a trainer: nothing of the process's random state, of the active adapter
+    or of other parameters is touched, so that it may happen while another trainer holds the model.
+
+    Returns:
+        The mean loss of every part.
+    """
+    assert world.adapter is not None
+    data = WorldData(sources, world, settings, seed)
+    parameters = list(model.adapter_parameters(world.adapter).values())
+    before = [parameter.requires_grad for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr / 4, weight_decay=0.0)
+    scale = head_scale(model.base.config)
+    pad = model.tokenizer.pad_token_id
+    sums: dict[str, list[float]] = {}
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for number in range(settings.steps):
+            rows = data.batch(number)
+            tensors = collate(rows, pad if pad is not None else 0)
+            batch = {name: value.to(model.device) for name, value in tensors.items()}
+            with route_rows(model.base, [world.adapter] * len(rows)):
+                parts = part_losses(model.base, batch, scale)
+                gradients = torch.autograd.grad(total_loss(parts, settings.weights), parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None
+            for name, loss in parts.items():
+                sums.setdefault(name, []).append(float(loss.detach()))
+    finally:
+        for parameter, wanted in zip(parameters, before, strict=True):
+            parameter.requires_grad_(wanted)
+    return {name: _mean(losses) for name, losses in sums.items()}
 
 
 def heldout_report(

@@ -80,9 +80,11 @@ class WorldModelSettings(BaseModel):
     is without a world model."""
     random_episodes: int = Field(1500, ge=0)
     """Episodes of random play."""
+    scripted_episodes: int = Field(1500, ge=1)
+    """Episodes of the player that the warm start imitates."""
     learner_episodes: int = Field(1000, ge=0)
     """Episodes of the warm-started team."""
-    heldout_episodes: int = Field(60, ge=1)
+    heldout_episodes: int = Field(40, ge=1)
     """Per source: episodes on held-out layouts, for the report."""
     training: WorldTraining = WorldTraining()
     """Of the adapter."""

@@ -1,0 +1,311 @@
+"""The world model's part in a run: rows for the base, an adapter of its own, its report, and how it is loaded again.
+
+In the run folder:
+
+    world/adapter/          the adapter, peft format
+    world/refreshed/N/      the adapter after the refresh in iteration N, where reinforcement learning goes on with it
+    world/report.json       losses, coverage, what it is worth on held-out layouts; written when the stage is over
+
+Parts: `mix_world_rows` (for the warm start's fine-tuning), `train_stage`, `load_world_model`, `WorldRefresh`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from preconcert.agents import ChannelSettings, GenerativeTeam
+from preconcert.core import ConfigError, Env, Episode, derive_seed
+from preconcert.envs import make_env
+from preconcert.models import TransformersModel
+from preconcert.prompts import TurnFormat, WorldFormat
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter
+from preconcert.training.rollout import EpisodeSpec, Policies, ScriptedPolicy, rollout
+from preconcert.training.warm_start import WarmStartMethod, WarmStartSettings
+from preconcert.training.world_data import coverage
+from preconcert.training.world_model import heldout_report, refine, train_world_model
+from preconcert.training.world_rows import LOSSES, Loss, value_range_of, world_row, world_steps
+from preconcert.training.world_settings import WorldModelSettings
+from preconcert.world_models import TokenWorldModel, TokenWorldSettings
+
+ADAPTER = "world"
+"""The adapter's name."""
+FOLDER, REPORT = "world", "report.json"
+
+
+def world_settings(recipe: Recipe) -> WorldModelSettings:
+    """The recipe's section.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if recipe.world_model is None:
+        raise ConfigError("the recipe has no world model; give it a section `world_model`")
+    return recipe.world_model
+
+
+def value_range(scripted: Sequence[Episode], rewards: Sequence[str]) -> tuple[float, float]:
+    """The value's scale: sums of rewards as scripted play has them, and single rewards, whichever are further out."""
+    low, high = value_range_of(scripted)
+    single = [float(word) for word in rewards]
+    return min([low, *single]), max([high, *single])
+
+
+def mix_world_rows(
+    recipe: Recipe,
+    scripted: Sequence[Episode],
+    turns: list[dict[str, list[int]]],
+    turn_format: TurnFormat,
+    reporter: Reporter,
+) -> tuple[list[dict[str, list[int]]], WarmStartSettings]:
+    """Turns and world rows for the warm start's fine-tuning, and settings under which the turns stay as many per step.
+
+    Args:
+        recipe: whose warm start it is; without a world model, or where the base is not trained, nothing changes.
+        scripted: the episodes that are imitated.
+        turns: the examples made from them.
+        turn_format: that the team writes with.
+        reporter: receives progress.
+    """
+    settings = recipe.warm_start
+    if recipe.world_model is None or not recipe.world_model.share or settings.method is not WarmStartMethod.FULL:
+        return turns, settings
+    share = recipe.world_model.share
+    random = _play(recipe, "random", recipe.world_model.random_episodes, "train", reporter)
+    spelling = WorldFormat(turn_format, value_range(scripted, turn_format.language.rewards))
+    steps = {
+        name: [step for episode in episodes for chain in world_steps(episode, turn_format.memory) for step in chain]
+        for name, episodes in (("scripted", scripted), ("random", random))
+    }
+    rng = np.random.default_rng(derive_seed(recipe.seed, "world rows"))
+    wanted = int(len(turns) * share / (1 - share))
+    rows: list[dict[str, list[int]]] = []
+    names = [name for name in steps if steps[name]]
+    for name in names:
+        count = wanted // len(names)
+        order = [int(i) for _ in range(1 + count // len(steps[name])) for i in rng.permutation(len(steps[name]))]
+        for number, index in enumerate(order[:count]):
+            step = steps[name][index]
+            others = step.belief.others
+            asked = [others[int(place)] for place in rng.permutation(len(others))]
+            dice = float(rng.random()) if name == "scripted" else None
+            row = world_row(spelling, step, bool(number % 2), asked, dice)
+            counted = [kind > 0 and LOSSES[kind - 1] is not Loss.FORM for kind in row.kinds]
+            labels = [token if loss else -100 for token, loss in zip(row.ids, counted, strict=True)]
+            rows.append({"input_ids": list(row.ids), "labels": labels})
+    batch = round(settings.batch / (1 - share))
+    return turns + rows, settings.model_copy(update={"batch": batch})
+
+
+def train_stage(
+    recipe: Recipe, out: Path, env: Env, assignment: Mapping[str, str], reporter: Reporter
+) -> dict[str, Any]:
+    """Train the adapter on the warm-started base, or read what was found if that is done.
+
+    Args:
+        recipe: with a section `world_model`.
+        out: the run folder, after the warm start.
+        env: of the task.
+        assignment: adapter by agent, of the team that plays as a source.
+        reporter: receives progress.
+    """
+    folder = out / FOLDER
+    marker = folder / REPORT
+    if marker.is_file():
+        return json.loads(marker.read_text())
+    settings = world_settings(recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+    model = _warm_model(recipe, out, assignment)
+    team = GenerativeTeam(model, env.language, recipe.agent, assignment)
+    players: dict[str, Policies] = {
+        "random": ScriptedPolicy("random"), "scripted": ScriptedPolicy(recipe.warm_start.player), "learner": team
+    }  # fmt: skip
+    counts = {
+        "random": settings.random_episodes,
+        "scripted": settings.scripted_episodes,
+        "learner": settings.learner_episodes,
+    }
+    wanted = {name for name, share in settings.training.shares.items() if share > 0}
+    for name in wanted - set(players):
+        raise ConfigError(f"world_model.training.shares: {name!r} is not one of {', '.join(players)}")
+    names = [name for name in players if name in wanted]
+    sources: dict[str, list[Episode]] = {}
+    heldout: dict[str, list[Episode]] = {}
+    for name in names:
+        sources[name] = _play(recipe, name, counts[name], "train", reporter, players[name])
+        heldout[name] = _play(recipe, name, settings.heldout_episodes, "heldout", reporter, players[name])
+    scripted = sources.get("scripted") or _play(recipe, "scripted", counts["scripted"], "train", reporter)
+    scale = value_range(scripted, env.language.rewards)
+    model.add_adapter(ADAPTER, derive_seed(recipe.seed, "adapter", ADAPTER))
+    world = _model_on(recipe, model, env, scale)
+    reporter.stage("world model", settings.training.steps)
+    scratch = folder / "scratch"
+    seed = derive_seed(recipe.seed, "world model")
+    log = train_world_model(model, world, sources, settings.training, seed, scratch, [_Progress(reporter)])
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_adapter(ADAPTER, folder / "adapter")
+    greedy = _model_on(recipe, model, env, scale, TokenWorldSettings(temperature=0.0))
+    free = _model_on(recipe, model, env, scale, TokenWorldSettings(constrained=False))
+    found = {
+        "value_range": list(scale),
+        "log": log,
+        "coverage": coverage(sources, heldout),
+        "heldout": {
+            name: {
+                "sampled": heldout_report(world, episodes, derive_seed(seed, "heldout", name)),
+                "greedy": heldout_report(greedy, episodes, 0),
+                "free": heldout_report(free, episodes[:10], derive_seed(seed, "free", name)),
+            }
+            for name, episodes in heldout.items()
+        },
+        "wall_s": time.perf_counter() - started,
+    }
+    _write(marker, found)
+    return found
+
+
+def load_world_model(
+    run: Path, model: TransformersModel | None = None, settings: TokenWorldSettings | None = None
+) -> TokenWorldModel:
+    """The world model of a run.
+
+    Args:
+        run: the run folder.
+        model: the run's base, to which the adapter is added; None loads it.
+        settings: how answers are sampled.
+
+    Raises:
+        ConfigError: it is no run folder, or the run has no finished world model.
+    """
+    file = run / "recipe.json"
+    if not file.is_file():
+        raise ConfigError(f"{str(run)!r} is not a run folder: it has no recipe.json")
+    recipe = Recipe.model_validate_json(file.read_text())
+    world_settings(recipe)
+    marker = run / FOLDER / REPORT
+    if not marker.is_file():
+        raise ConfigError(f"the world model of the run {str(run)!r} is not finished")
+    if model is None:
+        base = run / "base"
+        model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+    refreshed = _refreshed(run)
+    model.load_adapter(ADAPTER, refreshed[-1][1] if refreshed else run / FOLDER / "adapter")
+    env = make_env(recipe.task, recipe.params, 0, "train")
+    low, high = json.loads(marker.read_text())["value_range"]
+    return _model_on(recipe, model, env, (low, high), settings)
+
+
+class WorldRefresh:
+    """Goes on training the adapter on the rollouts of reinforcement learning: an `on_rollout` of the rollout source.
+
+    Args:
+        recipe: with a section `world_model`.
+        out: the run folder; what refreshes after `begin` wrote there is removed.
+        model: holds the team's adapters; the world model's is loaded into it.
+        begin: the first iteration that is still to come.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, model: TransformersModel, begin: int) -> None:
+        self.settings = world_settings(recipe)
+        self.seed = derive_seed(recipe.seed, "world refresh")
+        self.out = out
+        self.model = model
+        for iteration, folder in _refreshed(out):
+            if iteration >= begin:
+                shutil.rmtree(folder)
+        self.world = load_world_model(out, model)
+
+    def __call__(self, iteration: int, episodes: list[Episode], metrics: dict[str, float]) -> None:
+        """Train on one rollout, where it is the turn; the mean losses go into the metrics as `world_loss_PART`."""
+        if (iteration + 1) % self.settings.refresh_every:
+            return
+        own = {"shares": {"rollout": 1.0}, "value_sources": ("rollout",), "steps": self.settings.refresh_steps}
+        training = self.settings.training.model_copy(update=own)
+        losses = refine(self.model, self.world, {"rollout": episodes}, training, derive_seed(self.seed, iteration))
+        metrics |= {f"world_loss_{name}": loss for name, loss in losses.items()}
+        self.model.save_adapter(ADAPTER, self.out / FOLDER / "refreshed" / str(iteration))
+
+
+def _refreshed(out: Path) -> list[tuple[int, Path]]:
+    """The refreshed adapters of a run by iteration, oldest first."""
+    folder = out / FOLDER / "refreshed"
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name), path) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _model_on(
+    recipe: Recipe,
+    model: TransformersModel,
+    env: Env,
+    scale: tuple[float, float],
+    settings: TokenWorldSettings | None = None,
+) -> TokenWorldModel:
+    turns = TurnFormat(model.tokenizer, env.language, recipe.agent.spans, recipe.agent.memory)
+    return TokenWorldModel(model, WorldFormat(turns, scale), ADAPTER, settings=settings)
+
+
+def _warm_model(recipe: Recipe, out: Path, assignment: Mapping[str, str]) -> TransformersModel:
+    base = out / "base"
+    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+    for name in dict.fromkeys(assignment.values()):
+        model.load_adapter(name, out / "warm" / name)
+    return model
+
+
+def _play(
+    recipe: Recipe, name: str, count: int, split: str, reporter: Reporter, player: Policies | None = None
+) -> list[Episode]:
+    """Episodes of one source; which, follows from the recipe's seed, the source and the split."""
+    reporter.stage(f"{name} play, {split}", count)
+    if player is None:
+        player = ScriptedPolicy(recipe.warm_start.player if name == "scripted" else name)
+    episodes: list[Episode] = []
+    while len(episodes) < count:
+        specs = [
+            EpisodeSpec(
+                recipe.task,
+                recipe.params,
+                derive_seed(recipe.seed, "world", name, split, number) % 2**31,
+                split,
+                sample=number,
+            )
+            for number in range(len(episodes), min(count, len(episodes) + 500))
+        ]
+        # The warm start imitates what is heard through a clear channel; the world model is to know the real one.
+        channel = recipe.channel if name == "learner" else ChannelSettings()
+        episodes += rollout(specs, player, channel, derive_seed(recipe.seed, "world", name, split))
+        reporter.advance(len(episodes))
+    return episodes
+
+
+class _Progress(TrainerCallback):
+    """Tells the reporter how far the training is."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step over."""
+        last = state.log_history[-1].get("loss_view") if state.log_history else None
+        self.reporter.advance(state.global_step, f"view {last:.3f}" if last is not None else "")
+
+
+def _write(path: Path, content: Any) -> None:
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
