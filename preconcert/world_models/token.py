@@ -47,7 +47,7 @@ class TokenWorldSettings(BaseModel):
     """Allow only tokens of an answer; off to count what is malformed. Views that are words of any kind are never
     constrained."""
     max_tokens: int = Field(192, ge=1)
-    """Tokens per answer at the most."""
+    """Tokens per answer at the most, where no grammar bounds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class TokenWorldModel:
             seed=seed,
             adapter=self._adapter(belief),
             automaton=automaton,
-            max_tokens=self.settings.max_tokens,
+            max_tokens=self.settings.max_tokens if automaton is None else automaton.longest,
             temperature=self.settings.temperature,
             watch=frozenset() if watched is None else frozenset({watched[0]}),
         )
