@@ -38,12 +38,13 @@ WARM, PLAIN, PAID, ANNEALED, HINDSIGHT = "warm", "plain", "paid", "annealed", "h
 REAL, PASSES, IMAGINED = "real", "real-passes", "imagined"
 _BARE: Mapping[str, Any] = {"grpo.hindsight_weight": 0.0}
 _LOGGED: Mapping[str, Any] = {"action": 0.0}
+_PAID: Mapping[str, Any] = {"action": 1.0, "announcement": 1.0}
 PREDICTIONS: tuple[ExperimentArm, ...] = (
     ExperimentArm(WARM, "warm start alone", {"grpo.iterations": 0}),
     ExperimentArm(PLAIN, "nothing for predictions", {**_BARE, "grpo.prediction": _LOGGED}),
-    ExperimentArm(PAID, "prediction rewards", {**_BARE, "grpo.prediction": {"action": 1.0}}),
+    ExperimentArm(PAID, "prediction rewards", {**_BARE, "grpo.prediction": _PAID}),
     ExperimentArm(
-        ANNEALED, "prediction rewards, annealed to 0", {**_BARE, "grpo.prediction": {"action": 1.0, "action_end": 0.0}}
+        ANNEALED, "prediction rewards, annealed to 0", {**_BARE, "grpo.prediction": {**_PAID, "end": 0.0}}
     ),
     ExperimentArm(HINDSIGHT, "cross-entropy to what happened", {"grpo.prediction": _LOGGED}),
 )

@@ -1,30 +1,30 @@
 """Prediction rewards in a rollout: what was foretold, how true it was, and which tokens are paid for it.
 
-Parts: `foretold` reads guesses and outlooks off finished episodes, `pay` brings their advantages onto training rows,
-and `prediction_metrics` says how true they were and how predictable the agents are. The numbers themselves are worked
-out in `credit/prediction.py`.
+Parts: `foretold` reads guesses and outlooks off finished episodes, `payments` says which of their tokens are paid what,
+`pay` brings that onto training rows, and `prediction_metrics` says how true predictions were and how predictable the
+agents are. The numbers themselves are worked out in `credit/prediction.py`.
 
-Advantages of predictions go to the words of `intend` and `foresee`, the task's to its policy spans; a recipe in which a
-span would get both is refused. Each part of the loss has a denominator of its own: the task's is the number of its own
-tokens, so that paying for predictions changes nothing about it, and predictions are weighed as a mean over theirs.
+Advantages of predictions go to the words of `intend` and `foresee` and to announced actions, the task's to its policy
+spans; a recipe in which a span would get both is refused. Each part of the loss has a denominator of its own: that of
+the task is the number of its own tokens, so that paying for predictions changes nothing about it, and predictions are
+weighed as a mean over theirs.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from preconcert.core import Episode, Span, SpanKind, TaskLanguage, Turn
+from preconcert.core import Episode, Span, SpanKind, TaskLanguage, TrainingError, Turn
 from preconcert.prompts import END_OF_PLAY
-from preconcert.training.credit import Guess, Outlook, TurnKey, guess_advantages, outlook_advantages
+from preconcert.training.credit import Guess, Kind, Outlook, TurnKey, guess_advantages, outlook_advantages
 from preconcert.training.credit.estimator import EPSILON
-from preconcert.training.rows import KINDS, Row
-
-_PAID_KINDS = (KINDS.index(SpanKind.INTEND), KINDS.index(SpanKind.FORESEE))
+from preconcert.training.hindsight import true_slots
+from preconcert.training.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,28 @@ class Foretold:
     """Everything that was foretold in a rollout and can be checked."""
 
     guesses: tuple[Guess, ...]
-    """Actions of others who had a choice."""
+    """Actions of others who had a choice, and announced actions."""
     outlooks: tuple[Outlook, ...]
     """Observations, where the task has fields to foretell."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Paid:
+class Payment:
     """The tokens of one turn that are paid for predictions. Both arrays have one entry per completion token."""
 
-    tokens: NDArray[np.bool_]
+    kinds: NDArray[np.int64]
+    """A `Kind`; -1 for tokens that are not paid."""
     advantages: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Payments:
+    """Everything that is paid for predictions in a rollout."""
+
+    turns: Mapping[TurnKey, Payment]
+    totals: NDArray[np.float64]
+    """By `Kind`: how many tokens are paid, and the sum of their squared advantages. Shape (kinds, 2); processes add
+    theirs up before they pay."""
 
 
 def foretold(episodes: Sequence[Episode], language: TaskLanguage) -> Foretold:
@@ -66,6 +77,7 @@ def foretold(episodes: Sequence[Episode], language: TaskLanguage) -> Foretold:
                     continue
                 key = TurnKey(position, agent, index)
                 guesses += _guesses(episode, key, turn)
+                guesses += _announcements(episode, key, turn, language)
                 after = mine.final_observation if index + 1 == len(mine.turns) else mine.turns[index + 1].observation
                 fields = [s for s in turn.spans if s.kind is SpanKind.FORESEE and s.slot in names]
                 if turn.forecast is not None and fields:
@@ -86,21 +98,50 @@ def _guesses(episode: Episode, key: TurnKey, turn: Turn) -> list[Guess]:
                 continue
             real = theirs[then].action if then < len(theirs) else END_OF_PLAY
             given = None if intention.distributions is None else intention.distributions[ahead]
-            found.append(
-                Guess(
-                    key=key,
-                    group=episode.group,
-                    about=intention.about,
-                    ahead=ahead,
-                    start=span.start,
-                    end=span.end,
-                    probability=_probability(turn, span),
-                    right=word == real,
-                    true_probability=None if given is None else given.get(real, 0.0),
-                    square=None if given is None else sum(p * p for p in given.values()),
-                )
-            )
+            found.append(_guess(episode, key, turn, span, Kind.ACTION, ahead, word, real, given))
     return found
+
+
+def _announcements(episode: Episode, key: TurnKey, turn: Turn, language: TaskLanguage) -> list[Guess]:
+    """Announced actions of one's own; what is announced in the last turn cannot be checked."""
+    mine = episode.trajectories[key.agent].turns
+    if key.index + 1 == len(mine) or turn.message is None:
+        return []
+    said = dict(zip((slot.name for slot in language.message), turn.message.payload.split(), strict=True))
+    real = mine[key.index + 1].action
+    announced = true_slots(language)
+    return [
+        _guess(episode, key, turn, span, Kind.ANNOUNCEMENT, 1, said[span.slot], real, None)
+        for span in turn.spans
+        if (span.kind, span.slot) in announced
+    ]
+
+
+def _guess(
+    episode: Episode,
+    key: TurnKey,
+    turn: Turn,
+    span: Span,
+    kind: Kind,
+    ahead: int,
+    word: str,
+    real: str,
+    given: Mapping[str, float] | None,
+) -> Guess:
+    return Guess(
+        key=key,
+        group=episode.group,
+        kind=kind,
+        about=span.slot,
+        ahead=ahead,
+        start=span.start,
+        end=span.end,
+        probability=_probability(turn, span),
+        right=word == real,
+        true_probability=None if given is None else given.get(real, 0.0),
+        square=None if given is None else sum(p * p for p in given.values()),
+        likeliest=None if given is None else max(given, key=lambda each: given[each]) == real,
+    )
 
 
 def _probability(turn: Turn, span: Span) -> float:
@@ -108,113 +149,110 @@ def _probability(turn: Turn, span: Span) -> float:
     return float(np.exp(sum(turn.logprobs[span.start : span.end])))
 
 
-def pay(
-    rows: Sequence[Row], episodes: Sequence[Episode], found: Foretold, weights: tuple[float, float]
-) -> tuple[list[Row], NDArray[np.float64]]:
-    """Rows whose prediction words carry the policy loss with advantages of their own.
+def payments(
+    episodes: Sequence[Episode], found: Foretold, weights: Sequence[float], trainable: Collection[str]
+) -> Payments:
+    """Which tokens are paid what.
 
     Args:
-        rows: of the episodes, built in their order; no span that is paid here carries the task's loss in them.
         episodes: the rollout.
         found: from `foretold`.
-        weights: of actions and of observations; 0 leaves the kind alone.
-
-    Returns:
-        The rows, and how many of their tokens are paid and the sum of their squared advantages, for actions and for
-        observations, shape (2, 2). `weigh` makes use of these once all processes' are known.
+        weights: by `Kind`; 0 leaves the kind alone.
+        trainable: adapters that learn; others are paid nothing.
     """
-    paid = _paid(episodes, found, weights)
+    turns: dict[TurnKey, Payment] = {}
+    totals = np.zeros((len(Kind), 2), dtype=np.float64)
+
+    def give(key: TurnKey, kind: Kind, start: int, end: int, advantage: float) -> None:
+        turn = episodes[key.episode].trajectories[key.agent].turns[key.index]
+        if turn.adapter not in trainable or not weights[kind]:
+            return
+        if key not in turns:
+            n = len(turn.completion_ids)
+            turns[key] = Payment(np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float64))
+        for place in range(start, end):
+            if turn.sampled[place]:
+                turns[key].kinds[place], turns[key].advantages[place] = kind, advantage
+                totals[kind] += 1.0, advantage**2
+
+    for guess, number in zip(found.guesses, guess_advantages(found.guesses).tolist(), strict=True):
+        give(guess.key, guess.kind, guess.start, guess.end, number)
+    for outlook, number in zip(found.outlooks, outlook_advantages(found.outlooks).tolist(), strict=True):
+        for start, end in outlook.places:
+            give(outlook.key, Kind.OBSERVATION, start, end, number)
+    return Payments(turns, totals)
+
+
+def pay(
+    rows: Sequence[Row],
+    episodes: Sequence[Episode],
+    paid: Payments,
+    weights: Sequence[float],
+    task_tokens: int,
+    scale: bool = False,
+) -> list[Row]:
+    """Rows whose prediction words carry the policy loss with advantages of their own, weighed as a mean over them.
+
+    The loss divides everything by the number of the task's tokens; what is paid for n tokens of a kind is therefore
+    multiplied by task tokens / n.
+
+    Args:
+        rows: of the episodes, in their order; no token that is paid here carries the task's loss in them.
+        episodes: the rollout.
+        paid: from `payments`, the totals being those of all processes.
+        weights: by `Kind`.
+        task_tokens: tokens that carry the task's loss, of all processes.
+        scale: divide by the root mean square of the kind's advantages.
+    """
+    factors = np.zeros(len(Kind), dtype=np.float64)
+    for kind, (count, squares) in zip(Kind, paid.totals.tolist(), strict=True):
+        if count:
+            factors[kind] = weights[kind] * task_tokens / count
+            factors[kind] /= (np.sqrt(squares / count) + EPSILON) if scale else 1.0
     starts = np.cumsum([0, *(episode.steps for episode in episodes)])
-    totals = np.zeros((2, 2), dtype=np.float64)
     result: list[Row] = []
     for row in rows:
         policy, advantages, logprobs = row.policy.copy(), row.advantages.copy(), row.logprobs.copy()
         for joint in np.unique(row.joint[row.joint >= 0]).tolist():
             position = int(np.searchsorted(starts, joint, side="right")) - 1
             key = TurnKey(position, row.agent, joint - int(starts[position]))
-            mine = paid.get(key)
+            mine = paid.turns.get(key)
             if mine is None:
                 continue
             turn = episodes[position].trajectories[row.agent].turns[key.index]
-            places = np.flatnonzero(row.joint == joint)[mine.tokens]
+            tokens = mine.kinds >= 0
+            places = np.flatnonzero(row.joint == joint)[tokens]
+            if policy[places].any():
+                raise TrainingError(f"turn {key.index} of {key.agent!r}: tokens of predictions carry the task's loss")
             policy[places] = True
-            advantages[places] = mine.advantages[mine.tokens]
-            logprobs[places] = np.array(turn.logprobs, dtype=np.float32)[mine.tokens]
+            advantages[places] = mine.advantages[tokens] * factors[mine.kinds[tokens]]
+            logprobs[places] = np.array(turn.logprobs, dtype=np.float32)[tokens]
         result.append(replace(row, policy=policy, advantages=advantages, logprobs=logprobs))
-        totals += _totals(result[-1], weights)
-    return result, totals
-
-
-def weigh(
-    rows: Sequence[Row], weights: tuple[float, float], totals: NDArray[np.float64], task_tokens: int, scale: bool
-) -> list[Row]:
-    """Advantages of predictions as shares of a mean over their own tokens.
-
-    The loss divides everything by the number of the task's tokens; what is paid for n tokens of predictions is
-    therefore multiplied by task tokens / n.
-
-    Args:
-        rows: from `pay`.
-        weights: of actions and of observations.
-        totals: from `pay`, of all processes.
-        task_tokens: tokens that carry the task's loss, of all processes.
-        scale: divide by the root mean square of the advantages, leaving the weights.
-    """
-    factors = np.ones(len(KINDS) + 1, dtype=np.float64)  # kind -1 takes the last one
-    for kind, weight, (count, squares) in zip(_PAID_KINDS, weights, totals.tolist(), strict=True):
-        if weight and count:
-            factors[kind] = task_tokens / count
-            factors[kind] /= (np.sqrt(squares / count) / weight + EPSILON) if scale else 1.0
-    return [replace(row, advantages=(row.advantages * factors[row.kinds]).astype(np.float32)) for row in rows]
-
-
-def _totals(row: Row, weights: tuple[float, float]) -> NDArray[np.float64]:
-    """Of one row, as `pay` returns them."""
-    found = np.zeros((2, 2), dtype=np.float64)
-    for number, (kind, weight) in enumerate(zip(_PAID_KINDS, weights, strict=True)):
-        if weight:
-            mine = row.advantages[row.policy & (row.kinds == kind)].astype(np.float64)
-            found[number] = len(mine), (mine**2).sum()
-    return found
-
-
-def _paid(episodes: Sequence[Episode], found: Foretold, weights: tuple[float, float]) -> dict[TurnKey, _Paid]:
-    """By turn, which of its tokens are paid and what."""
-    paid: dict[TurnKey, _Paid] = {}
-
-    def give(key: TurnKey, start: int, end: int, advantage: float) -> None:
-        turn = episodes[key.episode].trajectories[key.agent].turns[key.index]
-        if key not in paid:
-            n = len(turn.completion_ids)
-            paid[key] = _Paid(np.zeros(n, dtype=bool), np.zeros(n, dtype=np.float64))
-        chosen = np.array(turn.sampled[start:end], dtype=bool)
-        paid[key].tokens[start:end] = chosen
-        paid[key].advantages[start:end] = np.where(chosen, advantage, 0.0)
-
-    action, observation = weights
-    if action:
-        numbers = action * guess_advantages(found.guesses)
-        for guess, number in zip(found.guesses, numbers.tolist(), strict=True):
-            give(guess.key, guess.start, guess.end, number)
-    if observation:
-        numbers = observation * outlook_advantages(found.outlooks)
-        for outlook, number in zip(found.outlooks, numbers.tolist(), strict=True):
-            for start, end in outlook.places:
-                give(outlook.key, start, end, number)
-    return paid
+    return result
 
 
 def prediction_metrics(episodes: Sequence[Episode], found: Foretold) -> dict[str, float]:
     """How true predictions were, and how predictable the agents are. Figures without a case are left out.
 
     `prediction/brier` is the mean Brier score of foretold actions (1 is perfect), `prediction/accuracy` the share of
-    the words that were right, `prediction/field_f1` the share of foreseen fields. `predictability/...` is in
-    `predictability`.
+    the words that were right, `prediction/top` that of the actions held likeliest (where every turn holds its
+    distributions), `prediction/kept_word` that of announced actions that were then taken, `prediction/field_f1` that of
+    foreseen fields. `predictability/...` is in `predictability`.
+
+    A word is sampled, so an agent that knows exactly how unsure it must be writes the likeliest action no more often
+    than that: its words are right less often than its likeliest actions.
     """
     metrics: dict[str, float] = {}
-    if found.guesses:
-        metrics["prediction/brier"] = float(np.mean([guess.brier for guess in found.guesses]))
-        metrics["prediction/accuracy"] = float(np.mean([guess.right for guess in found.guesses]))
+    told = [guess for guess in found.guesses if guess.kind is Kind.ACTION]
+    announced = [guess for guess in found.guesses if guess.kind is Kind.ANNOUNCEMENT]
+    if told:
+        metrics["prediction/brier"] = float(np.mean([guess.brier for guess in told]))
+        metrics["prediction/accuracy"] = float(np.mean([guess.right for guess in told]))
+        likeliest = [guess.likeliest for guess in told if guess.likeliest is not None]
+        if len(likeliest) == len(told):
+            metrics["prediction/top"] = float(np.mean(likeliest))
+    if announced:
+        metrics["prediction/kept_word"] = float(np.mean([guess.right for guess in announced]))
     if found.outlooks:
         metrics["prediction/field_f1"] = float(np.mean([outlook.share for outlook in found.outlooks]))
     return metrics | {f"predictability/{name}": value for name, value in predictability(episodes).items()}

@@ -104,8 +104,8 @@ class GRPOSettings(BaseModel):
     hindsight_fraction: float = Field(0.25, ge=0, le=1)
     """Share of the turns without an advantage that enter it; turns with one always do."""
     prediction: PredictionSettings | None = None
-    """Rewards for foretelling rightly, paid to the words of `intend` and `foresee` alone; null: none. With one, the log
-    says how true predictions are and how predictable the agents."""
+    """Rewards for foretelling rightly, paid to the words of predictions alone; null: none. With one, the log says how
+    true predictions are and how predictable the agents."""
     imagination: ImaginationSettings | None = None
     """Train on imagined games beside the real ones; null: on real ones only. Needs a `world_model`."""
     checkpoint_every: int = Field(5, ge=1)
@@ -129,10 +129,10 @@ class GRPOSettings(BaseModel):
             return self
         if self.credit.branches:
             raise ValueError(f"prediction needs whole games, and credit={self.credit.type} branches off them")
-        for paid, span in ((wanted.pays_actions, SpanKind.INTEND), (wanted.pays_observations, SpanKind.FORESEE)):
+        for paid, span in ((wanted.action, SpanKind.INTEND), (wanted.observation, SpanKind.FORESEE)):
             if paid and span in self.policy_spans:
                 raise ValueError(f"prediction pays for {span.value}, which policy_spans gives the task's advantage")
-        if (wanted.pays_actions or wanted.pays_observations) and (self.loss != "dapo" or self.entropy):
+        if any(wanted.weights(0.0)) and (self.loss != "dapo" or self.entropy):
             raise ValueError("prediction needs loss=dapo and entropy=0: others take one mean over all tokens")
         return self
 
@@ -252,11 +252,13 @@ class Recipe(BaseModel):
 
     def _predictions_fit(self) -> None:
         wanted = self.grpo.prediction
-        if wanted is None or not (wanted.pays_actions or wanted.pays_observations):
+        if wanted is None or not any(wanted.weights(0.0)):
             return
-        if wanted.pays_actions and not self.agent.spans.intend:
+        if wanted.action and not self.agent.spans.intend:
             raise ValueError("grpo.prediction pays for intentions, and agent.spans.intend is off")
-        if wanted.pays_observations and not self.agent.spans.foresee:
+        if wanted.announcement and not self.agent.spans.say:
+            raise ValueError("grpo.prediction pays for announcements, and agent.spans.say is off")
+        if wanted.observation and not self.agent.spans.foresee:
             raise ValueError("grpo.prediction pays for forecasts, and agent.spans.foresee is off")
         if self.update.ratio is not RatioLevel.TOKEN or self.update.order is not Order.SIMULTANEOUS:
             raise ValueError(

@@ -18,6 +18,7 @@ from preconcert.training.credit import (
     AgentTurnCredit,
     Credit,
     Game,
+    Kind,
     Ledger,
     Number,
     Score,
@@ -30,7 +31,7 @@ from preconcert.training.grpo import Rollout
 from preconcert.training.imagination import Imaginer
 from preconcert.training.league import League
 from preconcert.training.measures import measure
-from preconcert.training.prediction import foretold, pay, prediction_metrics, weigh
+from preconcert.training.prediction import foretold, pay, payments, prediction_metrics
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, Row, RowSettings, build_rows, worth_training
@@ -277,15 +278,16 @@ class GameSource:
             return rows, {}
         found = foretold(episodes, self.team.language)
         weights = settings.weights(iteration / max(1, self.recipe.grpo.iterations - 1))
-        metrics = {"prediction/weight_action": weights[0], "prediction/weight_observation": weights[1]}
+        metrics = {f"prediction/weight_{kind.name.lower()}": weights[kind] for kind in Kind}
         metrics |= prediction_metrics(episodes, found)
         if any(weights):
-            rows, totals = pay(rows, episodes, found, weights)
+            paid = payments(episodes, found, weights, self.settings.trainable)
             if self.world > 1:
                 parts: list[Any] = [None] * self.world
-                torch.distributed.all_gather_object(parts, (totals, task_tokens))
-                totals, task_tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
-            rows = weigh(rows, weights, totals, task_tokens, settings.scale)
+                torch.distributed.all_gather_object(parts, (paid.totals, task_tokens))
+                paid = replace(paid, totals=sum(part[0] for part in parts))
+                task_tokens = sum(part[1] for part in parts)
+            rows = pay(rows, episodes, paid, weights, task_tokens, settings.scale)
         return rows, metrics
 
     def _rows(self, play: _Play, advantages: Mapping[TurnKey, Number]) -> list[Row]:

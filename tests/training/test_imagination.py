@@ -327,7 +327,7 @@ class Breaker(Silent):
 def test_a_run_that_imagines_goes_on_where_it_was(tmp_path: Path) -> None:
     """Imagined games and annealed prediction rewards: an interrupted run ends like one that was not."""
     recipe = recipe_of(
-        iterations=4, checkpoint_every=2, lr=0.02, prediction={"action": 1.0, "action_end": 0.5},
+        iterations=4, checkpoint_every=2, lr=0.02, prediction={"action": 1.0, "end": 0.5},
         imagination={"model": "oracle", "ratio": 1.0, "group": 2, "horizon": 2, "warmup_iterations": 1},
     )  # fmt: skip
     whole = train(recipe, tmp_path / "whole")

@@ -14,16 +14,16 @@ import torch
 from pydantic import ValidationError
 
 from preconcert.agents import Context
-from preconcert.core import Episode, Intention, Slot, Span, SpanKind, TaskLanguage
+from preconcert.core import Episode, Intention, Slot, Span, SpanKind, TaskLanguage, TrainingError, Truth
 from preconcert.models import TransformersModel
 from preconcert.prompts import END_OF_PLAY
-from preconcert.training.credit import Guess, Outlook, TurnKey, guess_advantages, outlook_advantages
+from preconcert.training.credit import Guess, Kind, Outlook, TurnKey, guess_advantages, outlook_advantages
 from preconcert.training.credit.prediction import PredictionSettings
-from preconcert.training.prediction import foretold, pay, predictability, prediction_metrics, weigh
+from preconcert.training.prediction import foretold, pay, payments, predictability, prediction_metrics
 from preconcert.training.recipe import Recipe
 from preconcert.training.rows import KINDS, GrammarTable, Row
 from preconcert.training.source import GameSource
-from tests.training.episodes import episode, forecast, observation, turn
+from tests.training.episodes import episode, forecast, message, observation, turn
 from tests.training.teams import (
     AGENTS,
     FixedSource,
@@ -48,7 +48,8 @@ LANGUAGE = TaskLanguage(
 def guess(word: int, true: int, p: Sequence[float] | None, probability: float = 0.0, **changes: Any) -> Guess:
     """About one of several actions, numbered."""
     values: dict[str, Any] = {
-        "key": TurnKey(0, "a", 0), "group": "g", "about": "b", "ahead": 0, "start": 0, "end": 1,
+        "key": TurnKey(0, "a", 0), "group": "g", "kind": Kind.ACTION, "about": "b", "ahead": 0, "start": 0,
+        "end": 1,
         "probability": probability if p is None else p[word], "right": word == true,
         "true_probability": None if p is None else p[true], "square": None if p is None else sum(x * x for x in p),
     }  # fmt: skip
@@ -101,10 +102,9 @@ def test_forecasts_that_come_true_are_as_good_as_each_other() -> None:
 
 
 def test_weights_move_evenly() -> None:
-    settings = PredictionSettings(action=2.0, action_end=0.0, observation=0.5)
-    assert [settings.weights(done) for done in (0.0, 0.5, 1.0)] == [(2.0, 0.5), (1.0, 0.5), (0.0, 0.5)]
-    assert PredictionSettings(action=0.0, action_end=1.0).pays_actions
-    assert not PredictionSettings(action=0.0).pays_actions
+    settings = PredictionSettings(action=2.0, announcement=1.0, observation=0.5, end=0.0)
+    assert [settings.weights(done) for done in (0.0, 0.5, 1.0)] == [(2.0, 1.0, 0.5), (1.0, 0.5, 0.25), (0.0, 0.0, 0.0)]
+    assert PredictionSettings().weights(1.0) == (1.0, 0.0, 0.0)
 
 
 # ---- what was foretold
@@ -134,9 +134,28 @@ def test_foretold_actions_are_held_against_those_that_followed() -> None:
     assert found.guesses[0].true_probability is None
     assert found.guesses[1].true_probability == 0.1
     assert found.guesses[1].square == pytest.approx(0.54)
+    assert [g.likeliest for g in found.guesses] == [None, False, False]
     assert not found.outlooks
     last = foretold([episode({"a": mine[1:2], "b": theirs[1:2]})], LANGUAGE)
     assert [(g.ahead, g.right, g.true_probability) for g in last.guesses] == [(0, False, 0.1), (1, True, 0.6)]
+    figures = prediction_metrics([episode({"a": mine[1:2], "b": theirs[1:2]})], last)
+    assert (figures["prediction/accuracy"], figures["prediction/top"]) == (0.5, 0.5)
+    assert "prediction/top" not in prediction_metrics([episode({"a": mine, "b": theirs})], found)
+
+
+def test_announced_actions_are_held_against_what_is_done_next() -> None:
+    language = replace(LANGUAGE, message=(Slot("where", ("a",)), Slot("next", ("stay",), Truth.OWN_NEXT_ACTION)))
+    spans = (Span(SpanKind.SAY, 0, 1, "where"), Span(SpanKind.SAY, 1, 2, "next"))
+    said: dict[str, Any] = {"spans": spans, "logprobs": (-0.5, -0.7), "message": message("a", 0, ("b",))}
+    mine = [turn("a", 0, "north", **said), turn("a", 1, "stay", **said), turn("a", 2, "north", **said)]
+    found = foretold([episode({"a": mine})], language).guesses
+    assert [(g.kind, g.key.index, g.about, g.start, g.end, g.right) for g in found] == [
+        (Kind.ANNOUNCEMENT, 0, "next", 1, 2, True),
+        (Kind.ANNOUNCEMENT, 1, "next", 1, 2, False),
+    ]
+    assert found[0].probability == pytest.approx(math.exp(-0.7))
+    figures = prediction_metrics([episode({"a": mine})], foretold([episode({"a": mine})], language))
+    assert figures == {"prediction/kept_word": 0.5}
 
 
 def test_foreseen_fields_are_held_against_the_next_view() -> None:
@@ -187,7 +206,7 @@ def test_distributions_are_those_that_were_sampled_from(checkpoint: Any, kind: s
     found = foretold(watched, watching.language).guesses
     assert found
     for one, other in zip(found, foretold(plain, watching.language).guesses, strict=True):
-        assert replace(one, true_probability=None, square=None) == other
+        assert replace(one, true_probability=None, square=None, likeliest=None) == other
     for written in [written for each in watched for mine in each.trajectories.values() for written in mine.turns]:
         (told,) = written.intentions
         if kind != "starter":  # `south` and `stay` begin alike there: the first token does not say which it is
@@ -205,78 +224,105 @@ def test_distributions_are_those_that_were_sampled_from(checkpoint: Any, kind: s
 # ---- which tokens are paid
 
 
+Weights = tuple[float, float, float]
+NOTHING: Weights = (0.0, 0.0, 0.0)
+
+
 def paid_rows(
     team: Any,
     episodes: Sequence[Episode],
     table: GrammarTable,
-    weights: tuple[float, float],
+    weights: Weights,
     task: float = 1.0,
     scale: bool = False,
 ) -> list[Row]:
     rows, _ = rows_of(team, episodes, lambda n: task * (1.0, -0.7, 0.4)[n % 3], policy_spans=TASK_SPANS, table=table)
     tokens = sum(int(row.policy.sum()) for row in rows)
-    rows, totals = pay(rows, episodes, foretold(episodes, team.language), weights)
-    return weigh(rows, weights, totals, tokens, scale)
+    paid = payments(episodes, foretold(episodes, team.language), weights, AGENTS)
+    return pay(rows, episodes, paid, weights, tokens, scale)
+
+
+def kinds_of(row: Row, bare: Row) -> dict[Kind, np.ndarray]:
+    """Which tokens are paid for what. Announced actions are the paid tokens of `say` that the task does not pay."""
+    new = row.policy & ~bare.policy
+    spans = {Kind.ACTION: SpanKind.INTEND, Kind.ANNOUNCEMENT: SpanKind.SAY, Kind.OBSERVATION: SpanKind.FORESEE}
+    found = {kind: new & (row.kinds == KINDS.index(span)) for kind, span in spans.items()}
+    assert np.array_equal(sum(found.values()), new)
+    return found
 
 
 @pytest.mark.parametrize("context", Context)
 def test_neither_reward_reaches_the_others_tokens(starter: TransformersModel, context: Context) -> None:
     team, table = team_on(starter, settings_of(context)), GrammarTable()
     episodes = play(team, seeds=2, group=3)
-    plain, double, poor, none = (
-        paid_rows(team, episodes, table, weights, task)
-        for weights, task in (((1.0, 1.0), 1.0), ((2.0, 3.0), 1.0), ((1.0, 1.0), 0.3), ((0.0, 0.0), 1.0))
-    )
-    intend, foresee = KINDS.index(SpanKind.INTEND), KINDS.index(SpanKind.FORESEE)
-    seen = {intend: 0.0, foresee: 0.0, -2: 0.0}
-    for row, more, less, bare in zip(plain, double, poor, none, strict=True):
-        predictions = (row.kinds == intend) | (row.kinds == foresee)
-        assert not bare.policy[predictions].any()
-        assert np.array_equal(row.policy & ~predictions, bare.policy)
+    cases: tuple[tuple[Weights, float], ...] = (
+        ((1.0, 1.0, 1.0), 1.0), ((2.0, 3.0, 5.0), 1.0), ((1.0, 1.0, 1.0), 0.3), (NOTHING, 1.0),
+    )  # fmt: skip
+    plain, more, poor, none = (paid_rows(team, episodes, table, weights, task) for weights, task in cases)
+    seen = dict.fromkeys(Kind, 0.0)
+    own = 0.0
+    for row, richer, poorer, bare in zip(plain, more, poor, none, strict=True):
+        paid = kinds_of(row, bare)
+        predictions = np.any(list(paid.values()), axis=0)
         assert np.array_equal(row.advantages[~predictions], bare.advantages[~predictions])
-        assert np.array_equal(row.advantages[~predictions], more.advantages[~predictions])
-        assert np.array_equal(row.advantages[predictions], less.advantages[predictions])
-        for kind, factor in ((intend, 2.0), (foresee, 3.0)):
-            there = row.kinds == kind
-            assert np.allclose(factor * row.advantages[there], more.advantages[there])
-            seen[kind] += float(np.abs(row.advantages[there]).sum())
-        seen[-2] += float(np.abs(row.advantages[~predictions]).sum())
-    assert min(seen.values()) > 0.1
+        assert np.array_equal(row.advantages[~predictions], richer.advantages[~predictions])
+        assert np.array_equal(row.advantages[predictions], poorer.advantages[predictions])
+        for kind, factor in zip(Kind, (2.0, 3.0, 5.0), strict=True):
+            assert np.allclose(factor * row.advantages[paid[kind]], richer.advantages[paid[kind]])
+            seen[kind] += float(np.abs(row.advantages[paid[kind]]).sum())
+        own += float(np.abs(row.advantages[~predictions]).sum())
+    assert min(*seen.values(), own) > 0.1
 
 
 def test_gradients_of_task_and_predictions_add_up(starter: TransformersModel, tmp_path: Path) -> None:
     """The task's part has the gradient it would have without the other, to the last bit of its denominator."""
     team, table = team_on(starter), GrammarTable()
     episodes = play(team, seeds=2, group=3)
-    tokens = sum(int(row.policy.sum()) for row in paid_rows(team, episodes, table, (0.0, 0.0)))
+    tokens = sum(int(row.policy.sum()) for row in paid_rows(team, episodes, table, NOTHING))
 
-    def gradient(weights: tuple[float, float], task: float) -> dict[str, torch.Tensor]:
+    def gradient(weights: Weights, task: float) -> dict[str, torch.Tensor]:
         rows = paid_rows(team, episodes, table, weights, task)
         return gradients_of(trainer_on(starter, FixedSource(rows, tokens), table, tmp_path), starter)
 
-    both, task, predictions = gradient((1.0, 0.5), 1.0), gradient((0.0, 0.0), 1.0), gradient((1.0, 0.5), 0.0)
+    weights = (1.0, 0.7, 0.5)
+    both, task, predictions = gradient(weights, 1.0), gradient(NOTHING, 1.0), gradient(weights, 0.0)
     assert largest_difference(both, {key: task[key] + predictions[key] for key in both}) < 1e-6
     for part in (task, predictions):
         assert max(float(value.abs().max()) for value in part.values()) > 1e-3
-    twice = gradient((2.0, 1.0), 0.0)
+    twice = gradient((2.0, 1.4, 1.0), 0.0)
     assert largest_difference(twice, {key: 2 * value for key, value in predictions.items()}) < 1e-6
 
 
 def test_predictions_are_paid_as_a_mean_over_their_own_tokens(starter: TransformersModel) -> None:
     team, table = team_on(starter), GrammarTable()
     episodes = play(team, seeds=2, group=3)
-    rows = paid_rows(team, episodes, table, (1.0, 0.0))
-    bare = paid_rows(team, episodes, table, (0.0, 0.0))
+    bare = paid_rows(team, episodes, table, NOTHING)
     tokens = sum(int(row.policy.sum()) for row in bare)
-    intended = [row.kinds == KINDS.index(SpanKind.INTEND) for row in rows]
-    given = np.concatenate([row.advantages[there & row.policy] for row, there in zip(rows, intended, strict=True)])
+
+    def given(weights: Weights, scale: bool = False) -> np.ndarray:
+        rows = paid_rows(team, episodes, table, weights, scale=scale)
+        return np.concatenate([row.advantages[row.policy & ~b.policy] for row, b in zip(rows, bare, strict=True)])
+
     found = foretold(episodes, team.language).guesses
-    assert len(given) == len(found)  # one token a word
-    assert np.allclose(given / tokens, guess_advantages(found) / len(found), atol=1e-6)
-    rows = paid_rows(team, episodes, table, (3.0, 0.0), scale=True)
-    scaled = np.concatenate([row.advantages[there & row.policy] for row, there in zip(rows, intended, strict=True)])
-    assert np.sqrt(np.mean(scaled**2)) == pytest.approx(3.0 * tokens / len(found), rel=1e-2)
-    assert np.corrcoef(scaled, given)[0, 1] == pytest.approx(1.0)
+    numbers = guess_advantages(found)
+    for kind, weights in ((Kind.ACTION, (1.0, 0.0, 0.0)), (Kind.ANNOUNCEMENT, (0.0, 1.0, 0.0))):
+        wanted = numbers[[guess.kind is kind for guess in found]]
+        assert len(given(weights)) == len(wanted) > 0  # one token a word
+        assert np.allclose(given(weights) / tokens, wanted / len(wanted), atol=1e-6)
+    scaled = given((3.0, 0.0, 0.0), scale=True)
+    assert np.sqrt(np.mean(scaled**2)) == pytest.approx(3.0 * tokens / len(scaled), rel=1e-2)
+    assert np.corrcoef(scaled, given((1.0, 0.0, 0.0)))[0, 1] == pytest.approx(1.0)
+
+
+def test_tokens_of_the_task_are_not_paid_for_predictions(starter: TransformersModel) -> None:
+    team, table = team_on(starter), GrammarTable()
+    episodes = play(team, seeds=1, group=2)
+    rows, _ = rows_of(team, episodes, lambda n: 1.0, table=table)  # all spans are the task's
+    weights = (1.0, 0.0, 0.0)
+    paid = payments(episodes, foretold(episodes, team.language), weights, AGENTS)
+    with pytest.raises(TrainingError, match="carry the task's loss"):
+        pay(rows, episodes, paid, weights, 100)
+    assert not payments(episodes, foretold(episodes, team.language), weights, {"agent_9"}).turns
 
 
 # ---- in a run
@@ -294,13 +340,14 @@ def test_a_recipe_without_predictions_notices_nothing(starter: TransformersModel
         for name in ("policy", "targets", "logprobs", "advantages", "allowed", "joint", "kinds"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
     assert not any(name.startswith(("prediction/", "predictability/")) for name in off.metrics)
-    assert {"prediction/brier", "prediction/field_f1", "predictability/by_own_view"} <= set(watched.metrics)
+    names = {"brier", "top", "accuracy", "kept_word", "field_f1"}
+    assert {f"prediction/{name}" for name in names} | {"predictability/by_own_view"} <= set(watched.metrics)
     assert paid.metrics["prediction/weight_action"] == paid.metrics["prediction/weight_observation"] == 1.0
     assert sum(int(row.policy.sum()) for row in paid.rows) > paid.policy_tokens
 
 
 def test_the_weight_is_annealed_over_the_run(starter: TransformersModel) -> None:
-    recipe = recipe_of(iterations=3, prediction={"action": 1.0, "action_end": 0.0})
+    recipe = recipe_of(iterations=3, prediction={"action": 1.0, "end": 0.0})
     source = GameSource(recipe, team_on(starter), GrammarTable(), frozenset(AGENTS), None)
     found = [source.collect(iteration) for iteration in range(3)]
     assert [each.metrics["prediction/weight_action"] for each in found] == [1.0, 0.5, 0.0]
@@ -319,6 +366,7 @@ def test_the_weight_is_annealed_over_the_run(starter: TransformersModel) -> None
         ({"prediction": {}}, {"update": {"ratio": "turn"}}, "update.ratio=token"),
         ({"prediction": {}}, {"update": {"order": "sequential"}}, "update.order=simultaneous"),
         ({"prediction": {}}, {"agent": {"spans": {"intend": False}}}, "agent.spans.intend is off"),
+        ({"prediction": {"announcement": 1.0}}, {"agent": {"spans": {"say": False}}}, "agent.spans.say is off"),
     ],
 )
 def test_settings_that_would_mix_the_two_are_refused(grpo: Any, rest: Any, message: str) -> None:

@@ -32,6 +32,7 @@ from preconcert.training.credit.leave_one_out import LeaveOneOutCredit
 from preconcert.training.credit.ledger import Game, Ledger, Number, Strand, TurnKey, Values, ledger_of
 from preconcert.training.credit.prediction import (
     Guess,
+    Kind,
     Outlook,
     PredictionSettings,
     guess_advantages,
@@ -44,7 +45,7 @@ from preconcert.training.credit.turn import TurnCredit
 
 __all__ = [
     "ESTIMATORS", "SHORT", "AgentCredit", "AgentTurnCredit", "AlignedCredit", "ChainedGAECredit", "Credit",
-    "CreditSettings", "Estimator", "Follow", "GAECredit", "Game", "GlobalCredit", "Guess", "JointCredit",
+    "CreditSettings", "Estimator", "Follow", "GAECredit", "Game", "GlobalCredit", "Guess", "JointCredit", "Kind",
     "LeaveOneOutCredit", "Ledger", "Normalise", "Number", "Outlook", "PredictionSettings", "RewardMode",
     "RewardSettings", "RoleCredit", "Score", "Shift", "Strand", "TurnCredit", "TurnKey", "Values", "Weighting",
     "estimate", "guess_advantages", "ledger_of", "outlook_advantages",

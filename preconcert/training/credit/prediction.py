@@ -12,7 +12,8 @@ B does not depend on the word that was sampled. Given to that word as a reward i
 with any b that does not depend on a: an advantage like every other, on the tokens of one word. Its maximum is p = the
 truth's distribution, so nothing is gained by exaggeration; a plain 1{a = a*} would have the likeliest action as its
 optimum. b is the mean under p, p(a*) − Σ p², where the turn holds the distribution, and otherwise the mean over the
-games of the task instance at the same turn, as the task's own estimators have it.
+games of the task instance at the same turn, as the task's own estimators have it. An action that a message announces
+is paid in the same way, held against what the speaker does next; its act is not paid for keeping the word.
 
 **Forecasts** are about what the agent's own next word leads to, and so they are partly a choice. They are paid by the
 share of the foreseen fields that came true (all fields are always written, so precision, recall and F1 are that share)
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,57 +38,56 @@ from preconcert.training.credit.estimator import compared
 from preconcert.training.credit.ledger import TurnKey
 
 
+class Kind(IntEnum):
+    """What is foretold."""
+
+    ACTION = 0
+    """What another agent does now (`intend`)."""
+    ANNOUNCEMENT = 1
+    """What the agent itself does next, where a message announces it (`say`, slots whose truth hindsight knows)."""
+    OBSERVATION = 2
+    """What will be seen (`foresee`)."""
+
+
 class PredictionSettings(BaseModel):
-    """What predictions are paid. Both weights 0 pay nothing and log how true the predictions are."""
+    """What predictions are paid. All weights 0 pay nothing and log how true the predictions are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     action: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Weight of the foretold actions of others (`intend`)."""
-    action_end: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """The weight moves evenly from `action` to this in the course of the run; null leaves it."""
+    announcement: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of the announced actions of one's own (`say`, slots that announce the speaker's next action)."""
     observation: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the foretold fields of the next observation (`foresee`, which must then be no policy span)."""
-    observation_end: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """As `action_end`."""
+    end: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """All weights move evenly to this many times their beginning in the course of the run; 0 anneals them away."""
     scale: bool = False
     """Divide each kind of advantage by its root mean square over the iteration's tokens. Without it, predictions that
     are nearly certain move little."""
 
-    def weights(self, done: float) -> tuple[float, float]:
-        """Of actions and of observations.
+    def weights(self, done: float) -> tuple[float, float, float]:
+        """By `Kind`.
 
         Args:
             done: how much of the run is over, from 0 to 1.
         """
-        action_end = self.action if self.action_end is None else self.action_end
-        observation_end = self.observation if self.observation_end is None else self.observation_end
-        return (
-            (1.0 - done) * self.action + done * action_end,
-            (1.0 - done) * self.observation + done * observation_end,
-        )
-
-    @property
-    def pays_actions(self) -> bool:
-        """Ever?"""
-        return self.action > 0 or bool(self.action_end)
-
-    @property
-    def pays_observations(self) -> bool:
-        """Ever?"""
-        return self.observation > 0 or bool(self.observation_end)
+        factor = (1.0 - done) + done * self.end
+        return (factor * self.action, factor * self.announcement, factor * self.observation)
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """One foretold action of another agent."""
+    """One foretold action, of another agent or of one's own."""
 
     key: TurnKey
     """The turn in which it was written."""
     group: str
     """The task instance."""
+    kind: Kind
+    """`ACTION` or `ANNOUNCEMENT`."""
     about: str
-    """The other agent."""
+    """The other agent; where a message announces an action, the slot."""
     ahead: int
     """Steps ahead, from 0."""
     start: int
@@ -101,6 +102,8 @@ class Guess:
     """Given to what the other really did; None where the turn does not hold the distribution."""
     square: float | None = None
     """Σ p² over all actions; None where the turn does not hold the distribution."""
+    likeliest: bool | None = None
+    """Was the action that the agent held likeliest the real one? None where the turn does not hold the distribution."""
 
     @property
     def brier(self) -> float:
@@ -139,7 +142,7 @@ def guess_advantages(guesses: Sequence[Guess]) -> NDArray[np.float64]:
     for place, guess in enumerate(guesses):
         if guess.true_probability is None or guess.square is None:
             unknown.append(place)
-            keys.append((guess.group, guess.key.agent, guess.key.index, guess.about, guess.ahead))
+            keys.append((guess.group, guess.key.agent, guess.key.index, guess.kind, guess.about, guess.ahead))
         else:
             found[place] = paid[place] - (guess.true_probability - guess.square)
     if unknown:
