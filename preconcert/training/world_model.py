@@ -26,7 +26,7 @@ from preconcert.models.constrained import HeadScale, head_scale
 from preconcert.training.world_data import WorldData, collate
 from preconcert.training.world_rows import LOSSES, Step, world_steps
 from preconcert.training.world_settings import WorldTraining, WorldWeights
-from preconcert.world_models import TokenWorldModel
+from preconcert.world_models import TokenBelief, TokenWorldModel
 
 
 def span_losses(
@@ -254,14 +254,15 @@ def heldout_report(
     places = places[:: max(1, math.ceil(len(places) / rows))]
     starts = [chain[index] for chain, index in places]
     steps = world.advance([s.belief for s in starts], [s.move for s in starts], _seeds(seed, 1, len(starts)))
-    found = {f"one_step_{name}": share for name, share in _right(world, starts, [s.belief for s in steps]).items()}
+    texts = [step.observation.text if step.observation is not None else None for step in steps]
+    found = {f"one_step_{name}": share for name, share in _right(world, starts, texts).items()}
     malformed = sum(step.malformed for step in steps) / len(steps)
     found["malformed"] = malformed
     found["reward"] = _mean([a.reward == b.reward and not a.malformed for a, b in zip(steps, starts, strict=True)])
     found["done"] = _mean([a.done == b.done and not a.malformed for a, b in zip(steps, starts, strict=True)])
     blind = [Move(s.move.action, s.move.message) for s in starts]
     outcomes = [
-        Outcome(_observed(world, s), dict(s.move.others or {}), s.reward, s.done) for s in starts
+        Outcome(world.observe(s.belief, s.view), dict(s.move.others or {}), s.reward, s.done) for s in starts
     ]
     judged = world.judge([s.belief for s in starts], blind, outcomes)
     guesses = [
@@ -274,36 +275,40 @@ def heldout_report(
     if guesses:
         found["others_accuracy"] = _mean([real == best for real, best in guesses])
         found["others_nats"] = _mean([-math.log(max(real, 1e-12)) for real, _ in guesses])
-    live = [(chain, 0, chain[0].belief) for chain in chains if len(chain) > horizon]
-    for ahead in range(horizon):
-        if not live:
-            break
-        moves = [chain[index].move for chain, index, _ in live]
-        seeds = _seeds(seed, 2 + ahead, len(live))
-        imagined = world.advance([belief for _, _, belief in live], moves, seeds)
-        live = [(c, i + 1, step.belief) for (c, i, _), step in zip(live, imagined, strict=True)]
-    if live:
-        ends = [chain[index - 1] for chain, index, _ in live]
-        right = _right(world, ends, [belief for _, _, belief in live])
-        found |= {f"step_{horizon}_{name}": share for name, share in right.items()}
+    found |= {f"step_{horizon}_{name}": share for name, share in _drift(world, chains, seed, horizon).items()}
     return found
 
 
-def _right(world: TokenWorldModel, real: Sequence[Step], beliefs: Sequence[Any]) -> dict[str, float]:
-    """Shares of right views, of views right in their determined fields, and of right fields."""
+def _drift(
+    world: TokenWorldModel, chains: Sequence[Sequence[Step]], seed: int, horizon: int
+) -> dict[str, float]:
+    """`_right` after so many steps of going on from imagined views; an imagination that broke off is wrong."""
+    chains = [chain for chain in chains if len(chain) > horizon]
+    beliefs: list[TokenBelief | None] = [chain[0].belief for chain in chains]
+    for ahead in range(horizon):
+        live = [place for place, belief in enumerate(beliefs) if belief is not None]
+        asked = [belief for belief in beliefs if belief is not None]
+        imagined = world.advance(asked, [chains[p][ahead].move for p in live], _seeds(seed, 2 + ahead, len(live)))
+        for place, step in zip(live, imagined, strict=True):
+            beliefs[place] = None if step.malformed or (step.done and ahead + 1 < horizon) else step.belief
+    texts = [belief.observation.text if belief is not None else None for belief in beliefs]
+    return _right(world, [chain[horizon - 1] for chain in chains], texts)
+
+
+def _right(world: TokenWorldModel, real: Sequence[Step], texts: Sequence[str | None]) -> dict[str, float]:
+    """Shares of right views, of views right in their determined fields, and of right fields; None is wrong."""
     view = world.format.language.view
-    found = {"exact": _mean([b.observation.text == s.view for s, b in zip(real, beliefs, strict=True)])}
+    found = {"exact": _mean([text == step.view for step, text in zip(real, texts, strict=True)])}
     if view is not None:
         sure = [index for index, item in enumerate(view.fields) if item.determined]
-        pairs = [(view.parse(s.view), view.parse(b.observation.text)) for s, b in zip(real, beliefs, strict=True)]
+        pairs = [
+            (view.parse(step.view), view.parse(text) if text is not None else ("",) * len(view.fields))
+            for step, text in zip(real, texts, strict=True)
+        ]
         if sure:
             found["determined"] = _mean([all(one[i] == other[i] for i in sure) for one, other in pairs])
         found["fields"] = _mean([x == y for one, other in pairs for x, y in zip(one, other, strict=True)])
     return found
-
-
-def _observed(world: TokenWorldModel, step: Step) -> Any:
-    return world.observe(step.belief, step.view)
 
 
 def _seeds(seed: int, part: int, count: int) -> list[int]:
