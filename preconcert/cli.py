@@ -213,6 +213,9 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the task instances and of every choice.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Put the greedy figures in front.")] = False,
+    plan: Plan = False,
+    planner: PlannerKind = "best-of-k",
+    model: WorldModelKind = "token",
     as_json: AsJson = False,
 ) -> None:
     """Judge a run on held-out instances, beside baselines and message controls."""
@@ -222,9 +225,10 @@ def evaluate(
         from preconcert.experiments.evaluation import evaluate as judge
         from preconcert.experiments.terminal import ProgressReporter, arms_table
 
-        changed = override_play(load_run(run), overrides or [])
+        planned, others = _planned(plan, planner, model, greedy, overrides or [])
+        changed = override_play(load_run(run), others)
         with ProgressReporter(_console(err=True), keep=False) as reporter:
-            found = judge(run, changed, episodes, seed, greedy, reporter)
+            found = judge(run, changed, episodes, seed, greedy, reporter, planned)
     if as_json:
         _print_json(found.to_json())
     else:

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from preconcert.agents import ChannelMode, ChannelSettings, GenerativeTeam
+from preconcert.agents.planners import PlanningTeam
 from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
 from preconcert.envs import make_env, task_class
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
@@ -53,6 +54,8 @@ class Who(StrEnum):
     """The team after it."""
     POPULATION = "population"
     """The main adapter and its past selves, drawn anew for each side of each game."""
+    PLANNED = "planned"
+    """The team after it, with a planner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ class ArmResult:
     wall_s: float
     worth: GameValue | None = None
     """Of the strategy, exactly, where the game is small enough."""
+    tokens_per_decision: float | None = None
+    """Written by team and world model, where the arm plans."""
 
     def figures(self) -> dict[str, Any]:
         """As plain values."""
@@ -103,6 +108,7 @@ class ArmResult:
             "channel": self.arm.channel.model_dump(mode="json"),
             **asdict(self.measures),
             **({} if self.worth is None else _worth(self.worth)),
+            **({} if self.tokens_per_decision is None else {"tokens_per_decision": self.tokens_per_decision}),
             "wall_s": self.wall_s,
         }
 
@@ -147,6 +153,19 @@ class Evaluation:
             "arms": {result.arm.name: result.figures() for result in self.arms},
             **self.made,
         }
+
+
+class PlannedPlay(Protocol):
+    """How a run's team plans."""
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """The planner's settings by dotted key."""
+        ...
+
+    def team(self, players: Players, run: Path) -> PlanningTeam:
+        """The team that plans."""
+        ...
 
 
 class Players:
@@ -210,7 +229,7 @@ class Players:
 
     def worth(self, arm: Arm, game: ExactGame | None) -> GameValue | None:
         """What an arm's strategy is worth, where that can be said."""
-        if game is None or arm.opponent is not None:
+        if game is None or arm.opponent is not None or arm.who is Who.PLANNED:
             return None
         strategy: Strategy | None
         if arm.who in (Who.RANDOM, Who.SCRIPTED):
@@ -310,6 +329,7 @@ def evaluate(
     seed: int = 0,
     greedy: bool = False,
     reporter: Reporter | None = None,
+    planner: PlannedPlay | None = None,
 ) -> Evaluation:
     """Play every arm on the same held-out seeds, measure, and keep the figures under RUN/eval/.
 
@@ -321,9 +341,10 @@ def evaluate(
         seed: of the task instances and of every choice.
         greedy: put the greedy arm in front.
         reporter: receives progress.
+        planner: adds an arm in which the trained team plans, and puts it in front.
 
     Raises:
-        ConfigError: the run is not finished.
+        ConfigError: the run is not finished, or lacks what the planner needs.
         ModelError: its model or one of its adapters cannot be loaded.
     """
     reporter = reporter or Silent()
@@ -338,6 +359,9 @@ def evaluate(
     arms += [arm for arm in extra if (arm.who, arm.channel, arm.greedy) not in known]
     wanted = (Who.TRAINED, recipe.channel, greedy)
     main = next(arm.name for arm in arms if arm.opponent is None and (arm.who, arm.channel, arm.greedy) == wanted)
+    if planner is not None:
+        arms.append(Arm(Who.PLANNED.value, Who.PLANNED, recipe.channel))
+        main = Who.PLANNED.value
     specs = heldout_specs(recipe, count, seed)
     results: list[ArmResult] = []
     game = exact_game(recipe, players.sides)
@@ -346,10 +370,12 @@ def evaluate(
         reporter.stage(arm.title, count)
         started = time.perf_counter()
         cast, watched = players.cast(arm, specs)
-        played = play(cast, players.policy(arm), arm.channel, seed, reporter)
+        thinker = planner.team(players, run) if planner is not None and arm.who is Who.PLANNED else None
+        played = play(cast, thinker or players.policy(arm), arm.channel, seed, reporter)
+        tokens = None if thinker is None else thinker.tokens_generated / max(1, thinker.decisions)
         wall = time.perf_counter() - started
         measures = measure(played, players.env.language, recipe.agent.spans, role, watched)
-        results.append(ArmResult(arm, measures, wall, players.worth(arm, game)))
+        results.append(ArmResult(arm, measures, wall, players.worth(arm, game), tokens))
     found = Evaluation(
         run=str(run),
         task=recipe.task,
@@ -358,7 +384,7 @@ def evaluate(
         main=main,
         arms=tuple(results),
         no_message_ceiling=no_message_ceiling(recipe),
-        overrides=differences(held, recipe),
+        overrides={**differences(held, recipe), **({} if planner is None else planner.overrides)},
         made={
             "versions": versions(),
             "commit": commit(),
@@ -431,6 +457,6 @@ def _file_name(found: Evaluation, episodes: int | None, greedy: bool) -> str:
 
 
 __all__ = [
-    "Arm", "ArmResult", "Evaluation", "Players", "Who", "differences", "evaluate", "heldout_specs",
+    "Arm", "ArmResult", "Evaluation", "PlannedPlay", "Players", "Who", "differences", "evaluate", "heldout_specs",
     "no_message_ceiling", "override_arms", "play", "saved_evaluation", "sides_of", "standard_arms",
 ]

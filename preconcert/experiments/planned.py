@@ -18,6 +18,7 @@ from preconcert.agents.planners import PLANNERS, PlannerSettings, PlanningTeam
 from preconcert.config import parse_override
 from preconcert.core import ConfigError, Rehearsing, UnknownNameError, WorldModel, nearest
 from preconcert.experiments.evaluation import Players
+from preconcert.training.world_stage import load_world_model
 from preconcert.world_models import OracleWorldModel, ShuffledWorldModel
 
 _PREFIX = "planner."
@@ -40,6 +41,16 @@ class Planned:
 
     settings: PlannerSettings
     world: WorldKind = WorldKind.TOKEN
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """By dotted key, as an evaluation records them."""
+        changed = self.settings.model_dump(mode="json", exclude_defaults=True)
+        return {"plan": self.settings.type, "model": self.world.value, **{_PREFIX + k: v for k, v in changed.items()}}
+
+    def team(self, players: Players, run: Path) -> PlanningTeam:
+        """A run's team that plans."""
+        return planning_team(players, run, self)
 
 
 def split_planner(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -108,8 +119,6 @@ def world_of(players: Players, run: Path, kind: WorldKind, policy: Rehearsing) -
     """
     if kind is WorldKind.ORACLE:
         return OracleWorldModel(policy)
-    from preconcert.training.run import load_world_model
-
     own: WorldModel = load_world_model(run, players.model)
     return ShuffledWorldModel(own, 0) if kind is WorldKind.SHUFFLED else own
 

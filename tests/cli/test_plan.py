@@ -61,3 +61,15 @@ def test_refusals(run: Path, run_command: Command, words: tuple[str, ...], says:
     result = run_command("play", run, *words)
     assert result.exit_code == 2
     assert says in result.stderr
+
+
+def test_a_run_is_judged_with_and_without_a_planner(run: Path, run_command: Command) -> None:
+    words = ("eval", run, "--episodes", 3, "--plan", "--model", "oracle", *SMALL)
+    found = json.loads(run_command(*words, "--json").stdout)
+    assert found["arm"] == "planned"
+    assert found["arms"].keys() >= {"planned", "trained", "trained-greedy"}
+    assert found["tokens_per_decision"] > 14
+    assert found["overrides"] == {
+        "plan": "best-of-k", "model": "oracle", "planner.candidates": 4, "planner.horizon": 2,
+    }  # fmt: skip
+    assert "planned, sampled" in run_command(*words).stdout
