@@ -5,9 +5,9 @@ prediction rewards that are annealed to nothing; and with the cross-entropy to w
 rewards. It asks whether teammates' actions are foretold better on held-out instances at no loss of success, and shows
 beside it how predictable the agents became.
 
-Second part, arms on the tasks that have a world model: training on real games only, the same with as many more passes
-over them as imagination costs, and training on imagined games beside the real ones. All play equally many real steps;
-read are the real steps until the success that real games alone end with.
+Second part, arms with the same world model: training on real games only, the same with more passes over them, training
+on imagined games beside the real ones, and the same with the environment itself in the world model's place. All play
+equally many real steps in reinforcement learning; read are those until the success that real games alone end with.
 """
 
 from __future__ import annotations
@@ -35,20 +35,44 @@ MARGIN = 0.02
 HALF = 0.5
 """Share of the real steps within which imagination has to reach what real games alone reach."""
 WARM, PLAIN, PAID, ANNEALED, HINDSIGHT = "warm", "plain", "paid", "annealed", "hindsight"
-REAL, PASSES, IMAGINED = "real", "real-passes", "imagined"
+REAL, PASSES, IMAGINED, ORACLE = "real", "real-passes", "imagined", "imagined-oracle"
 _BARE: Mapping[str, Any] = {"grpo.hindsight_weight": 0.0}
 _LOGGED: Mapping[str, Any] = {"action": 0.0}
 _PAID: Mapping[str, Any] = {"action": 1.0, "announcement": 1.0}
+_PLAIN = ("rendezvous",)
+"""The tasks of the first part."""
 PREDICTIONS: tuple[ExperimentArm, ...] = (
-    ExperimentArm(WARM, "warm start alone", {"grpo.iterations": 0}),
-    ExperimentArm(PLAIN, "nothing for predictions", {**_BARE, "grpo.prediction": _LOGGED}),
-    ExperimentArm(PAID, "prediction rewards", {**_BARE, "grpo.prediction": _PAID}),
+    ExperimentArm(WARM, "warm start alone", {"grpo.iterations": 0}, tasks=_PLAIN),
+    ExperimentArm(PLAIN, "nothing for predictions", {**_BARE, "grpo.prediction": _LOGGED}, tasks=_PLAIN),
+    ExperimentArm(PAID, "prediction rewards", {**_BARE, "grpo.prediction": _PAID}, tasks=_PLAIN),
     ExperimentArm(
-        ANNEALED, "prediction rewards, annealed to 0", {**_BARE, "grpo.prediction": {**_PAID, "end": 0.0}}
+        ANNEALED,
+        "prediction rewards, annealed to 0",
+        {**_BARE, "grpo.prediction": {**_PAID, "end": 0.0}},
+        tasks=_PLAIN,
     ),
-    ExperimentArm(HINDSIGHT, "cross-entropy to what happened", {"grpo.prediction": _LOGGED}),
+    ExperimentArm(HINDSIGHT, "cross-entropy to what happened", {"grpo.prediction": _LOGGED}, tasks=_PLAIN),
 )
 """The arms of the first part."""
+_WORLDS = ("rendezvous-world",)
+"""The tasks of the second part."""
+_DREAMS: Mapping[str, Any] = {"ratio": 2.0, "group": 8, "horizon": 4}
+# The base is the same, since it was warm-started with the same rows; the model itself is not used.
+_UNUSED: Mapping[str, Any] = {
+    "world_model.training.steps": 1, "world_model.heldout_episodes": 1, "world_model.refresh_every": 0,
+}  # fmt: skip
+IMAGINATIONS: tuple[ExperimentArm, ...] = (
+    ExperimentArm(REAL, "real games only", _UNUSED, tasks=_WORLDS),
+    ExperimentArm(PASSES, "real games only, three times the passes", {**_UNUSED, "grpo.epochs": 6}, tasks=_WORLDS),
+    ExperimentArm(IMAGINED, "imagined games beside real ones", {"grpo.imagination": _DREAMS}, tasks=_WORLDS),
+    ExperimentArm(
+        ORACLE,
+        "imagined in the environment itself",
+        {**_UNUSED, "grpo.imagination": {**_DREAMS, "model": "oracle"}},
+        tasks=_WORLDS,
+    ),
+)
+"""The arms of the second part."""
 CONTRASTS = (
     Contrast(PAID, PLAIN, "prediction rewards – nothing"),
     Contrast(ANNEALED, PLAIN, "annealed rewards – nothing"),
@@ -57,9 +81,14 @@ CONTRASTS = (
     Contrast(PAID, HINDSIGHT, "prediction rewards – cross-entropy"),
 )
 """What is compared in the first part; fixed before the runs."""
+ACCURACY = "prediction/top"
+"""Teammate-action accuracy: of the action that an agent holds likeliest. Words are sampled, so that an agent that knows
+how unsure it must be writes the right one less often."""
 PREDICTED = (
-    ("intention_accuracy", "teammates' actions foretold"),
+    (ACCURACY, "teammate-action accuracy"),
+    ("prediction/accuracy", "words right"),
     ("prediction/brier", "Brier score (1 is best)"),
+    ("prediction/kept_word", "announced actions taken"),
     ("prediction/field_f1", "foreseen fields"),
     ("success_sampled", "success, sampled"),
     ("success_greedy", "success, greedy"),
@@ -68,11 +97,10 @@ PREDICTED = (
 """Measures and columns of the first part."""
 PREDICTABLE = (
     ("predictability/entropy_bits", "entropy of actions, bits"),
-    ("intention_chance", "chance"),
     ("predictability/copy_last", "by copying the last action"),
     ("predictability/by_view", "by the observer's view"),
     ("predictability/by_own_view", "by the agent's own view"),
-    ("intention_accuracy", "by the agents themselves"),
+    (ACCURACY, "by the agents themselves"),
 )
 """Measures and columns that say how well agents could be foretold, and by what."""
 
@@ -125,16 +153,16 @@ def _measures(
         title,
         ("arm", "seeds", *(label for _, label in columns)),
         tuple(rows),
-        "Interquartile mean over seeds (95% stratified bootstrap interval) of held-out play, sampled. Foretold actions "
-        "count where the other had a choice; in the first column and in chance, only where it had been seen or heard. "
-        "By a view: the most frequent action in the other games with that view.",
+        "Interquartile mean over seeds (95% stratified bootstrap interval) of held-out play, sampled. Actions count "
+        "where the other had a choice. Accuracy is that of the likeliest action, words are sampled. By a view: the most "
+        "frequent action in the other games with that view.",
     )
 
 
 def _comparisons(readings: Readings) -> tuple[list[ReportTable], list[Finding]]:
     """The planned comparisons of accuracy, and whether success was lost."""
     table, findings = comparisons_table(
-        readings, CONTRASTS, measure_named("intention_accuracy"), "teammate-action accuracy"
+        readings, CONTRASTS, measure_named(ACCURACY), "teammate-action accuracy"
     )
     kept, said = _kept(readings, CONTRASTS[:2] + CONTRASTS[3:4])
     return [replace(table, name="comparisons-accuracy"), kept], [*findings, *said]
@@ -209,7 +237,7 @@ def _steps(plan: Plan, readings: Readings) -> tuple[list[ReportTable], list[Find
     findings: list[Finding] = []
     titles = {arm.name: arm.title for arm in plan.arms}
     for task in plan.tasks:
-        for arm in (REAL, PASSES, IMAGINED):
+        for arm in (REAL, PASSES, IMAGINED, ORACLE):
             if arm not in titles or not readings.of(arm, task.name):
                 continue
             found, never = _ratio(readings, task.name, arm)
@@ -274,7 +302,7 @@ def _prediction_figures(plan: Plan, readings: Readings, tasks: Sequence[str]) ->
     panels = {
         f"{task}: {label}": _lines(readings, task, [arm for arm in shown if arm.name != WARM], name)
         for task in tasks
-        for name, label in (("prediction/accuracy", "actions foretold"), ("success", "success"))
+        for name, label in ((ACCURACY, "teammate-action accuracy"), ("success", "success"))
     }
     panels = {title: lines for title, lines in panels.items() if lines}
     intervals = intervals_figure(
@@ -285,7 +313,7 @@ def _prediction_figures(plan: Plan, readings: Readings, tasks: Sequence[str]) ->
                     {
                         label: readings.estimate(arm.name, measure_named(name), task)
                         for name, label in (
-                            ("intention_accuracy", "teammates' actions foretold"),
+                            (ACCURACY, "teammate-action accuracy"),
                             ("predictability/by_own_view", "foretold by the agent's own view"),
                             ("success_sampled", "success"),
                         )
@@ -310,7 +338,7 @@ def _prediction_figures(plan: Plan, readings: Readings, tasks: Sequence[str]) ->
 
 
 def _imagination_figures(plan: Plan, readings: Readings) -> list[ReportFigure]:
-    shown = [arm for arm in plan.arms if arm.name in (REAL, PASSES, IMAGINED)]
+    shown = [arm for arm in plan.arms if arm.name in (REAL, PASSES, IMAGINED, ORACLE)]
     panels = {task.name: _lines(readings, task.name, shown, "success") for task in plan.tasks}
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
@@ -351,8 +379,9 @@ def _count(readings: Readings, arm: str, task: str) -> str:
 
 
 _LEAN: Mapping[str, Any] = {"gate": {"min_gap": 0.0, "episodes": 16}, "keep_episodes": False}
+_WORLD: Mapping[str, Any] = {"random_episodes": 1000, "learner_episodes": 500, "refresh_every": 2}
 SMOKE = Plan(
-    arms=tuple(arm for arm in PREDICTIONS if arm.name in (PLAIN, PAID)),
+    arms=tuple(arm for arm in (*PREDICTIONS, *IMAGINATIONS) if arm.name in (PLAIN, PAID, REAL, IMAGINED)),
     tasks=(
         ExperimentTask(
             "rendezvous",
@@ -365,24 +394,52 @@ SMOKE = Plan(
                 "grpo": {"iterations": 2, "seeds": 2, "group": 2, "minibatches": 2, "checkpoint_every": 1},
             },
         ),
+        ExperimentTask(
+            "rendezvous-world",
+            {
+                **_LEAN,
+                "task": "rendezvous",
+                "params": {"size": 3, "landmarks": 2, "horizon": 4},
+                "starter": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn": 32},
+                "warm_start": {"episodes": 64, "steps": 15, "batch": 64},
+                "world_model": {
+                    "random_episodes": 16, "scripted_episodes": 16, "learner_episodes": 8, "heldout_episodes": 4,
+                    "refresh_every": 1, "refresh_steps": 2, "training": {"steps": 6, "batch": 32},
+                },
+                "grpo": {"iterations": 2, "seeds": 2, "group": 2, "minibatches": 2, "checkpoint_every": 1},
+            },
+        ),
     ),
-    seeds=2,
+    seeds=1,
     options={"episodes": 8},
 )
 STANDARD = Plan(
-    arms=PREDICTIONS,
+    arms=(*PREDICTIONS, *IMAGINATIONS),
     tasks=(
         ExperimentTask(
             "rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 24, "seeds": 8, "group": 8}}
+        ),
+        ExperimentTask(
+            "rendezvous-world",
+            {
+                **_LEAN,
+                "task": "rendezvous",
+                "world_model": _WORLD,
+                "grpo": {"iterations": 24, "seeds": 4, "group": 8},
+            },
         ),
     ),
     seeds=5,
     options={"episodes": 200},
 )
 FULL = Plan(
-    arms=PREDICTIONS,
+    arms=(*PREDICTIONS, *IMAGINATIONS),
     tasks=(
         ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 60, "seeds": 16}}),
+        ExperimentTask(
+            "rendezvous-world",
+            {**_LEAN, "task": "rendezvous", "world_model": _WORLD, "grpo": {"iterations": 60, "seeds": 8}},
+        ),
     ),
     seeds=10,
     options={"episodes": 400},
@@ -404,6 +461,8 @@ FORESIGHT = Experiment(
         "What is foretold is what the same training makes of the teammate: an arm may be more accurate because it "
         "foretells better or because its teammate is easier to foretell. The tables of predictability are there to "
         "tell the two apart, as far as views alone can.",
+        "The world model has seen play before reinforcement learning begins (random, scripted, and of the warm-started "
+        "team). All arms of the second part have that model, and none counts those steps; only two use it.",
         "Every arm runs with the same learning rate, clipping and number of passes.",
         "Percentile intervals from five seeds are known to be somewhat too narrow.",
     ),

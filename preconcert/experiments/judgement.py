@@ -31,9 +31,9 @@ LAST = 5
 """Iterations that the end of a curve is averaged over."""
 _KEPT = (
     "success", "return", "grad_norm", "gradient_norm/largest", "explained_variance", "entropy", "malformed",
-    "hindsight_loss", "intention_accuracy", "prediction/accuracy", "prediction/brier", "prediction/field_f1",
-    "predictability/entropy_bits", "predictability/by_view", "predictability/by_own_view", "imagination/malformed",
-    "imagination/return",
+    "hindsight_loss", "intention_accuracy", "prediction/accuracy", "prediction/top", "prediction/brier",
+    "prediction/kept_word", "prediction/field_f1", "predictability/entropy_bits", "predictability/by_view",
+    "predictability/by_own_view", "imagination/malformed", "imagination/return",
 )  # fmt: skip
 
 
@@ -79,7 +79,6 @@ def judge(run: Path, recipe: Recipe, episodes: int, reporter: Reporter) -> dict[
             found["malformed"] = measures.malformed_rate
             found["message_bits_per_turn"] = measures.message_bits_per_turn
             found["intention_accuracy"] = measures.intention_accuracy
-            found["intention_chance"] = measures.intention_chance
             found["forecast_exact_match"] = measures.forecast_exact_match
             found |= prediction_metrics(played, foretold(played, players.env.language))
     return found

@@ -37,7 +37,7 @@ def predicting(arm: str, seed: int, task: str = TASK) -> CellResult:
     """Rewards raise accuracy by 0.2; annealed ones cost a tenth of success."""
     found = cell_of(arm, task, seed, 0.7 + 0.01 * seed - 0.1 * (arm == ANNEALED))
     more = {
-        "intention_accuracy": ACCURACY.get(arm, 0.5) + 0.01 * seed, "intention_chance": 0.2, "prediction/brier": 0.7,
+        "prediction/top": ACCURACY.get(arm, 0.5) + 0.01 * seed, "prediction/brier": 0.7,
         "predictability/by_own_view": 0.6, "predictability/by_view": 0.5, "predictability/entropy_bits": 1.5,
     }  # fmt: skip
     return replace(found, measures={**found.measures, **more})
