@@ -74,6 +74,8 @@ class Arm:
         """For people."""
         if self.opponent is not None:
             return f"{self.who.value} against {self.opponent}"
+        if self.who is Who.PLANNED:
+            return "trained, planned"
         if self.who is Who.POPULATION:
             return "trained and past selves"
         if self.who is Who.RANDOM:

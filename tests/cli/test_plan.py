@@ -72,4 +72,4 @@ def test_a_run_is_judged_with_and_without_a_planner(run: Path, run_command: Comm
     assert found["overrides"] == {
         "plan": "best-of-k", "model": "oracle", "planner.candidates": 4, "planner.horizon": 2,
     }  # fmt: skip
-    assert "planned, sampled" in run_command(*words).stdout
+    assert "trained, planned" in run_command(*words).stdout
