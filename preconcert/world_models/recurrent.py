@@ -43,6 +43,9 @@ from preconcert.core import (
 from preconcert.world_models.experience import SILENCE, Moment, Setting, Values, words_of
 
 _WEIGHTS, _SETTINGS = "recurrent.safetensors", "recurrent.json"
+_SHARPNESS = 16.0
+"""The posterior's last layer starts out this much larger than usual: latents are then an almost fixed code of what is
+seen from the first step on. From nearly uniform ones the decoder learns nothing for hundreds of steps."""
 _JUDGING_SAMPLES = 16
 """Draws of the latent that a judgement averages over."""
 
@@ -62,11 +65,11 @@ class RecurrentSettings(BaseModel):
     """Width of the layers between."""
     bins: PositiveInt = 11
     """Of the value."""
-    steps: PositiveInt = 600
+    steps: PositiveInt = 2000
     """Optimiser steps."""
-    batch: PositiveInt = 64
+    batch: PositiveInt = 16
     """Episodes per step, each as one agent lived it."""
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(5e-3, gt=0)
     """Peak of Adam's learning rate; it decays to a tenth along a cosine."""
     unimix: float = Field(0.01, ge=0, lt=1)
     """Share of the uniform distribution in prior and posterior."""
@@ -174,6 +177,9 @@ class RecurrentNetwork(nn.Module):
                     for parameter in module.parameters(recurse=False):
                         fan = parameter.shape[-1] if parameter.ndim > 1 else parameter.shape[0]
                         parameter.uniform_(-(fan**-0.5), fan**-0.5, generator=generator)
+            last = self.posterior[-1]
+            assert isinstance(last, nn.Linear)
+            last.weight.mul_(_SHARPNESS)
 
     def mixed(self, logits: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch groups classes"]:
         """Probabilities of the latent, with a share of the uniform distribution."""

@@ -30,6 +30,7 @@ class _Belief:
     own: Any
     """The inner model's belief about the moment that was really asked about."""
     episode: str
+    agent: str
 
 
 class _Asked(NamedTuple):
@@ -47,8 +48,9 @@ class ShuffledWorldModel:
     batch. Beyond that, requests of one episode exchange among each other, those with other moves first where there
     are some. Each belief goes on from its own hidden answer, so that later answers are no likelier to be right.
 
-    This is the one world model whose answers depend on what else is in the batch. A request that is alone in its batch
-    gets an earlier answer; if there has been none, that is an error.
+    Answers go from an agent to the same agent. This is the one world model whose answers depend on what else is in the
+    batch. A request that has no other one of its agent beside it gets an earlier answer of that agent, or, if there has
+    been none, the view and the rewards that another agent gets; a request all alone is then an error.
 
     Args:
         inner: whose answers are exchanged.
@@ -63,7 +65,7 @@ class ShuffledWorldModel:
     def begin(self, requests: Sequence[TurnRequest], pasts: Sequence[Sequence[Turn]]) -> list[Any]:
         """The inner model's beliefs, each with a note whose it is."""
         beliefs = self.inner.begin(requests, pasts)
-        return [_Belief(own, request.episode) for own, request in zip(beliefs, requests, strict=True)]
+        return [_Belief(own, request.episode, request.agent) for own, request in zip(beliefs, requests, strict=True)]
 
     def advance(self, beliefs: Sequence[Any], moves: Sequence[Move], seeds: Sequence[int]) -> list[ImaginedStep]:
         """The inner model's answers, exchanged."""
@@ -75,7 +77,7 @@ class ShuffledWorldModel:
         for (belief, _, own), given in zip(asked, (other.answer for other in given_for), strict=True):
             # An imagination that is over cannot be gone on with; the one that is shown instead may well go on.
             going_on = belief.own if own.done or own.malformed else own.belief
-            found.append(replace(given, belief=_Belief(going_on, belief.episode)))
+            found.append(replace(given, belief=replace(belief, own=going_on)))
         return found
 
     def judge(
@@ -93,12 +95,37 @@ class ShuffledWorldModel:
     def _exchange(self, asked: Sequence[_Asked], seeds: Sequence[int]) -> list[_Asked]:
         """What each is given instead."""
         seed = derive_seed(self.seed, "shuffle", *seeds)
-        if len(asked) == 1:
-            past = [each for each in self._past if each.belief.episode != asked[0].belief.episode] or list(self._past)
-            if not past:
-                raise ModelError("a request alone in the first batch of a shuffled world model has no answer to get")
-            return [past[int(np.random.default_rng(seed).integers(len(past)))]]
-        return [asked[place] for place in exchange([(each.belief.episode, _key(each.move)) for each in asked], seed)]
+        by_agent: dict[str, list[int]] = defaultdict(list)
+        for place, each in enumerate(asked):
+            by_agent[each.belief.agent].append(place)
+        found = list(asked)
+        for places in by_agent.values():
+            if len(places) == 1:
+                found[places[0]] = self._earlier(asked, places[0], seed)
+                continue
+            order = exchange([(asked[place].belief.episode, _key(asked[place].move)) for place in places], seed)
+            for place, other in zip(places, order, strict=True):
+                found[place] = asked[places[other]]
+        return found
+
+    def _earlier(self, asked: Sequence[_Asked], place: int, seed: int) -> _Asked:
+        """For a request without another one of its agent."""
+        mine = asked[place]
+        past = [each for each in self._past if each.belief.agent == mine.belief.agent]
+        past = [each for each in past if each.belief.episode != mine.belief.episode] or past
+        others = past or [_as_seen_by(mine, each) for each in asked if each is not mine]
+        if not others:
+            raise ModelError("a request alone in the first batch of a shuffled world model has no answer to get")
+        return others[int(np.random.default_rng(seed).integers(len(others)))]
+
+
+def _as_seen_by(mine: _Asked, other: _Asked) -> _Asked:
+    """Another agent's answer in the form of one's own: whose view it is and who the others are does not change."""
+    own, given = mine.answer, other.answer
+    if own is None or given is None:
+        return mine  # to judge an outcome of one agent by a belief of another makes no sense
+    seen = None if given.observation is None else replace(given.observation, agent=mine.belief.agent)
+    return _Asked(other.belief, other.move, replace(given, observation=seen, others=own.others, inbox=own.inbox))
 
 
 def exchange(groups: Sequence[tuple[str, str]], seed: int) -> list[int]:

@@ -58,3 +58,28 @@ def test_a_request_alone_gets_an_earlier_answer() -> None:
     [step] = model.advance([belief], [Move("up")], [0])
     assert step.observation is not None
     assert step.observation.text == other.observation.text
+
+
+def test_answers_stay_with_their_agent() -> None:
+    """Names of others and owners of views are those of the request, whoever's answer it is."""
+    model = ShuffledWorldModel(CopyLast(EPISODES, LANGUAGE), 3)
+    requests = [request_of(EPISODES[n % 2], "ab"[n // 2 % 2], n % 3, f"e{n % 2}") for n in range(8)]
+    requests.append(request_of(EPISODES[0], "b", 1, "alone"))
+    beliefs = model.begin(requests, [()] * 9)
+    for some in (slice(0, 9), slice(0, 3), slice(2, 4)):
+        count = len(beliefs[some])
+        steps = model.advance(beliefs[some], [Move("up")] * count, range(count))
+        for request, step in zip(requests[some], steps, strict=True):
+            assert step.observation is not None
+            assert step.observation.agent == request.agent
+            assert tuple(step.others) == request.others
+
+
+def test_two_agents_alone_swap_views_in_their_own_form() -> None:
+    model = ShuffledWorldModel(CopyLast(EPISODES, LANGUAGE), 3)
+    requests = [request_of(EPISODES[0], "a", 2, "one"), request_of(EPISODES[1], "b", 0, "two")]
+    steps = model.advance(model.begin(requests, [(), ()]), [Move("up")] * 2, [0, 1])
+    for request, other, step in zip(requests, requests[::-1], steps, strict=True):
+        assert step.observation is not None
+        assert (step.observation.agent, step.observation.text) == (request.agent, other.observation.text)
+        assert tuple(step.others) == request.others
