@@ -204,7 +204,7 @@ def refine(
     data = WorldData(sources, world, settings, seed)
     parameters = list(model.adapter_parameters(world.adapter).values())
     before = [parameter.requires_grad for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr / 4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr / 2, weight_decay=0.0)
     scale = head_scale(model.base.config)
     pad = model.tokenizer.pad_token_id
     sums: dict[str, list[float]] = {}

@@ -26,7 +26,7 @@ class WorldWeights(BaseModel):
     """What is heard next."""
     value: float = Field(0.2, ge=0)
     """The bin of the sum of the rewards to come."""
-    form: float = Field(0.05, ge=0)
+    form: float = Field(0.01, ge=0)
     """Tokens that the grammar forces; only answers written without it need them."""
 
 
@@ -35,12 +35,13 @@ class WorldTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(300, ge=1)
+    steps: int = Field(100, ge=1)
     """Optimiser steps."""
     batch: int = Field(128, ge=1)
     """Rows per step."""
-    lr: float = Field(5e-3, gt=0)
-    """Peak learning rate of AdamW, after a short warm-up; decays along a cosine."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW, after a short warm-up; decays along a cosine. On a base that knows world rows more
+    undoes what it knows."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clip of the gradient's norm."""
     weights: WorldWeights = WorldWeights()
