@@ -154,8 +154,8 @@ def _measures(
         ("arm", "seeds", *(label for _, label in columns)),
         tuple(rows),
         "Interquartile mean over seeds (95% stratified bootstrap interval) of held-out play, sampled. Actions count "
-        "where the other had a choice. Accuracy is that of the likeliest action, words are sampled. By a view: the most "
-        "frequent action in the other games with that view.",
+        "where the other had a choice. Accuracy is that of the likeliest action, words are sampled. By a view: the "
+        "most frequent action in the other games with that view.",
     )
 
 

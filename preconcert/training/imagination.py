@@ -171,6 +171,7 @@ class Imaginer:
         moments = [moment for moment in moments if derive_seed(seed, "moment", moment.name) / 2.0**63 < share]
         if not moments:
             return Imagined((), {})
+        before = self._world_tokens
         lines = self._begin(moments)
         for step in range(settings.horizon):
             self._advance([line for line in lines if not line.over], step, seed)
@@ -179,8 +180,14 @@ class Imaginer:
             self.team.finish(moment.name)
         worst = self._worst(lines)
         return Imagined(
-            tuple(self._episode(line, worst[line.moment.agent]) for line in lines), self._metrics(lines, len(moments))
+            tuple(self._episode(line, worst[line.moment.agent]) for line in lines),
+            self._metrics(lines, len(moments), self._world_tokens - before),
         )
+
+    @property
+    def _world_tokens(self) -> int:
+        """What the model has written so far; 0 for models that do not write."""
+        return int(getattr(self.model, "tokens_generated", 0))
 
     def _begin(self, moments: Sequence[Moment]) -> list[_Line]:
         """All continuations at their first view."""
@@ -318,12 +325,13 @@ class Imaginer:
             for turn, step, paid in zip(line.turns, line.steps, rewards, strict=True)
         )
 
-    def _metrics(self, lines: Sequence[_Line], groups: int) -> dict[str, float]:
+    def _metrics(self, lines: Sequence[_Line], groups: int, world_tokens: int) -> dict[str, float]:
         whole = [line for line in lines if not line.steps[-1].malformed]
         metrics = {
             "imagination/groups": float(groups),
             "imagination/steps": float(sum(len(line.steps) for line in lines)),
             "imagination/policy_tokens": float(sum(len(turn.completion_ids) for line in lines for turn in line.turns)),
+            "imagination/world_tokens": float(world_tokens),
             "imagination/malformed": 1.0 - len(whole) / len(lines),
             "imagination/ended": sum(line.steps[-1].done for line in whole) / len(lines),
         }

@@ -69,6 +69,7 @@ class Truth:
         self.lucky, self.value, self.fails = lucky, value, fails
         self.calls: list[int] = []
         self.finished: list[str] = []
+        self.tokens_generated = 0
 
     def begin(self, requests: Sequence[TurnRequest], pasts: Sequence[Sequence[Turn]]) -> list[Any]:
         for request, past in zip(requests, pasts, strict=True):
@@ -77,6 +78,7 @@ class Truth:
 
     def advance(self, beliefs: Sequence[Any], moves: Sequence[Move], seeds: Sequence[int]) -> list[ImaginedStep]:
         self.calls.append(len(moves))
+        self.tokens_generated += 10 * len(moves)
         assert len(set(seeds)) == len(seeds)
         return [self._one(belief, move) for belief, move in zip(beliefs, moves, strict=True)]
 
@@ -190,6 +192,7 @@ def test_a_rollout_counts_real_and_imagined_apart(starter: TransformersModel) ->
     groups = both.metrics["imagination/groups"]
     assert groups == pytest.approx(2 * turns / (3 * 2), rel=0.5)
     assert sum(model.calls) == both.metrics["imagination/steps"] == both.metrics["imagination/rows"]
+    assert both.metrics["imagination/world_tokens"] == 10 * both.metrics["imagination/steps"]
     assert model.calls[0] == 3 * groups  # one call a step, for all imaginations at once
     assert len(model.calls) == 2
     assert len(model.finished) == len(set(model.finished)) == groups
