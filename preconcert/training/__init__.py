@@ -8,9 +8,12 @@ from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.run import load_model, load_recipe_of, train
+from preconcert.training.world_settings import WorldModelSettings, WorldTraining
+from preconcert.training.world_stage import load_world_model
 
 __all__ = [
     "ESTIMATORS", "Credit", "EpisodeSpec", "GateResult", "Measures", "MultiAgentGRPOTrainer", "Recipe", "Reporter",
-    "RewardSettings", "Rollout", "RolloutSource", "ScriptedPolicy", "Silent", "TurnKey", "estimate", "load_model",
-    "load_recipe_of", "measure", "rollout", "run_gate", "train",
+    "RewardSettings", "Rollout", "RolloutSource", "ScriptedPolicy", "Silent", "TurnKey", "WorldModelSettings",
+    "WorldTraining", "estimate", "load_model", "load_recipe_of", "load_world_model", "measure", "rollout", "run_gate",
+    "train",
 ]
