@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
@@ -242,7 +243,7 @@ def heldout_report(
         episodes: real play.
         seed: of the samples.
         horizon: steps of the longest imagination.
-        rows: transitions at the most, evenly spread.
+        rows: transitions at the most, drawn at random.
 
     Returns:
         Shares of right answers: whole views, views in their determined fields, single fields, rewards, ends, after one
@@ -251,8 +252,9 @@ def heldout_report(
     """
     chains = [chain for episode in episodes for chain in world_steps(episode, world.format.turns.memory)]
     places = [(chain, index) for chain in chains for index in range(len(chain))]
-    places = places[:: max(1, math.ceil(len(places) / rows))]
-    starts = [chain[index] for chain, index in places]
+    # At random: at even distances they would all fall on the same steps of episodes of equal length.
+    order = np.random.default_rng(derive_seed(seed, "rows")).permutation(len(places))[:rows]
+    starts = [places[int(at)][0][places[int(at)][1]] for at in sorted(order)]
     steps = world.advance([s.belief for s in starts], [s.move for s in starts], _seeds(seed, 1, len(starts)))
     texts = [step.observation.text if step.observation is not None else None for step in steps]
     found = {f"one_step_{name}": share for name, share in _right(world, starts, texts).items()}
