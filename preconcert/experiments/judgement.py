@@ -116,8 +116,8 @@ def curves_of(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, lis
         "seconds": [round(float(value), 2) for value in seconds],
     }
     if any("imagination/policy_tokens" in line for line in log):
-        names = ("imagination/policy_tokens", "imagination/world_tokens")
-        imagined = np.cumsum([sum(line.get(name, 0.0) for name in names) for line in log])
+        written = ("imagination/policy_tokens", "imagination/world_tokens")
+        imagined = np.cumsum([sum(line.get(name, 0.0) for name in written) for line in log])
         curves["imagined_tokens"] = [float(value) for value in imagined]
     for name in names:
         values = [line.get(name) for line in log]

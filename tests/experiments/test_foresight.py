@@ -23,8 +23,10 @@ from preconcert.experiments.foresight import (
     step_ratios,
     steps_to,
 )
+from preconcert.experiments.judgement import course, curves_of
 from preconcert.experiments.readings import Readings
 from preconcert.experiments.statistics import Estimate
+from preconcert.training.recipe import Recipe
 from tests.experiments.fabricated import cell_of
 
 ACCURACY = {PLAIN: 0.6, PAID: 0.8, ANNEALED: 0.6, HINDSIGHT: 0.9}
@@ -117,3 +119,16 @@ def test_cells_that_failed_leave_gaps() -> None:
     assert not any(finding.clear for finding in found.findings)
     for plan in FORESIGHT.plans.values():
         report(plan, [])
+
+
+def test_curves_hold_what_was_imagined_beside_the_rest() -> None:
+    recipe = Recipe.model_validate({"task": "rendezvous", "grpo": {"seeds": 2, "group": 2}})
+    line = {"environment_steps": 32, "generated_tokens": 100, "episode_steps": 8, "success": 0.5}
+    dreams = {"imagination/policy_tokens": 50.0, "imagination/world_tokens": 70.0, "imagination/malformed": 0.1}
+    curves = curves_of([line, {**line, **dreams}, {**line, **dreams}], recipe)
+    assert curves["env_steps"] == [32.0, 64.0, 96.0]
+    assert curves["imagined_tokens"] == [0.0, 120.0, 240.0]
+    assert curves["success"] == [0.5, 0.5, 0.5]
+    assert curves["imagination/malformed"] == [None, 0.1, 0.1]
+    assert course(curves)["imagined_tokens"] == 240.0
+    assert course(curves_of([line], recipe))["imagined_tokens"] is None
