@@ -152,7 +152,7 @@ def reliability_figure(
         panels: by title, then by arm, groups of forecasts: mean confidence, share that was right, how many.
         bins: of confidence, in which groups are put together; those with few forecasts are drawn small.
     """
-    figure = Figure(figsize=(3.6 * max(1, len(panels)), 3.9), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 3.6 * len(panels)), 4.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, max(1, len(panels)), sharey=True))
     names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
     for axis, (title, arms) in zip(axes, panels.items(), strict=True):
@@ -181,6 +181,7 @@ def reliability_figure(
             handles.setdefault(label, handle)
     if handles:
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-        )
+            list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, 2 * len(panels)),
+            frameon=False, fontsize=8,
+        )  # fmt: skip
     return figure

@@ -8,8 +8,10 @@ from preconcert.core import UnknownNameError
 from preconcert.experiments.credit import CREDIT
 from preconcert.experiments.experiment import Experiment
 from preconcert.experiments.foresight import FORESIGHT
+from preconcert.experiments.planning import PLANNING
+from preconcert.experiments.world_model import WORLD_MODEL
 
-EXPERIMENTS: Mapping[str, Experiment] = {each.name: each for each in (CREDIT, FORESIGHT)}
+EXPERIMENTS: Mapping[str, Experiment] = {each.name: each for each in (CREDIT, FORESIGHT, WORLD_MODEL, PLANNING)}
 
 
 def experiment_named(name: str) -> Experiment:

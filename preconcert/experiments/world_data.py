@@ -2,8 +2,9 @@
 
 Play is mixed from the task's random and scripted players and from a learner's warm-started team, by whole episodes. It
 follows from the recipe and the numbers of episodes alone, so all models of a task and seed share it; held-out play is
-the same for all seeds but for the learner's part. Parts: `Mixture`, `mixed_play`, `shared_play`, `coverage`,
-`heldout_cases`, `env_at`, `replayed`.
+the same for all seeds but for the learner's part.
+
+Parts: `Mixture`, `mixed_play`, `shared_run`, `shared_play`, `coverage`, `heldout_cases`, `env_at`, `replayed`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from preconcert.agents import ChannelSettings
 from preconcert.core import Env, Episode, Policy, append_episodes, derive_seed, load_episodes
 from preconcert.envs import make_env
-from preconcert.experiments.evaluation import play
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
-from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.run import RESULT, train
 from preconcert.training.warm_cache import WarmCache
 from preconcert.world_models.experience import Setting, lived_by
 from preconcert.world_models.fidelity import Case, cases_of, choose_starts
 
 _FILE = "episodes.jsonl"
+_SIDE_BY_SIDE = 500
+"""Episodes played at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,10 @@ class Mixture:
 def mixed_play(
     recipe: Recipe, learner: Policy, mixture: Mixture, split: str, seed: int, reporter: Reporter
 ) -> list[Episode]:
-    """Play it.
+    """Play it: with the recipe's seed and as many episodes, the same that the run's own world model learned from.
 
     Args:
-        recipe: task, parameters and channel.
+        recipe: task, parameters, script and channel.
         learner: plays its part.
         mixture: how much of each.
         split: `train` or `heldout`.
@@ -57,20 +62,50 @@ def mixed_play(
     """
     found: list[Episode] = []
     policies: Mapping[str, Policy] = {
-        "random": ScriptedPolicy("random"), "scripted": ScriptedPolicy("scripted"), "learner": learner,
+        "random": ScriptedPolicy("random"), "scripted": ScriptedPolicy(recipe.warm_start.player), "learner": learner,
     }  # fmt: skip
     for name, count in asdict(mixture).items():
-        if not count:
-            continue
-        reporter.stage(f"{split} play, {name}", count)
-        specs = [
-            EpisodeSpec(
-                recipe.task, recipe.params, derive_seed(seed, "world", split, name, number) % 2**31, split, number
-            )
-            for number in range(count)
-        ]
-        found += [_without_tokens(each) for each in play(specs, policies[name], recipe.channel, seed, reporter)]
+        reporter.stage(f"{name} play, {split}", count)
+        channel = recipe.channel if name == "learner" else ChannelSettings()
+        for begin in range(0, count, _SIDE_BY_SIDE):
+            specs = [
+                EpisodeSpec(
+                    recipe.task,
+                    recipe.params,
+                    derive_seed(seed, "world", name, split, number) % 2**31,
+                    split,
+                    sample=number,
+                )
+                for number in range(begin, min(count, begin + _SIDE_BY_SIDE))
+            ]
+            some = rollout(specs, policies[name], channel, derive_seed(seed, "world", name, split))
+            found += [_without_tokens(each) for each in some]
+            reporter.advance(begin + len(specs))
     return found
+
+
+def shared_run(recipe: Recipe, folder: Path, warm_cache: Path, reporter: Reporter) -> Path:
+    """A finished run in FOLDER/run that all cells with this recipe share: trained by whoever needs it first.
+
+    Args:
+        recipe: of the run.
+        folder: of the cell.
+        warm_cache: where it is kept.
+        reporter: receives progress.
+
+    Returns:
+        The run folder.
+    """
+    out = folder / "run"
+    if not (out / RESULT).is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+
+        def make(place: Path) -> None:
+            train(recipe, place, reporter=reporter, warm_cache=warm_cache)
+
+        WarmCache(warm_cache).copy(_key("run", {"recipe": recipe.model_dump(mode="json")}), out, make, reporter)
+    return out
 
 
 def shared_play(
@@ -86,8 +121,7 @@ def shared_play(
         warm_cache: where it is kept.
         reporter: receives progress.
     """
-    content = {"recipe": recipe.model_dump(mode="json"), "mixture": asdict(mixture)}
-    key = "play-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+    key = _key("play", {"recipe": recipe.model_dump(mode="json"), "mixture": asdict(mixture)})
     scratch = folder / "play"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -158,6 +192,10 @@ def replayed(episode: Episode, actions: Sequence[Mapping[str, str]]) -> bool:
         if result.done:
             return bool(result.success)
     return False
+
+
+def _key(kind: str, content: Mapping[str, Any]) -> str:
+    return f"{kind}-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _without_tokens(episode: Episode) -> Episode:

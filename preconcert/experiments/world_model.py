@@ -1,0 +1,266 @@
+"""Experiment `world-model`: how far what a world model imagines can be trusted, step by step on held-out layouts.
+
+All models of a task and seed learn from the same play of the same learner, a warm-started team, and are asked about the
+same held-out moments. Parts: `Subject` (the models), `fit_and_measure` (the work of a cell), the plans and
+`WORLD_MODEL`. What is made of the cells is in `world_model_report.py`, what is measured in `world_models/fidelity.py`
+and `world_models/consistency.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from preconcert.core import Episode, Policy, WorldModel, derive_seed
+from preconcert.experiments.cell import CellFound
+from preconcert.experiments.evaluation import Players
+from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale
+from preconcert.experiments.world_data import (
+    Mixture,
+    coverage,
+    heldout_cases,
+    mixed_play,
+    replayed,
+    shared_play,
+    shared_run,
+)
+from preconcert.experiments.world_model_report import report
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter
+from preconcert.training.world_stage import load_world_model, world_settings
+from preconcert.world_models import CopyLast, CountTable, ShuffledWorldModel
+from preconcert.world_models.consistency import claims, consistency_of, play_inside, success_threshold
+from preconcert.world_models.fidelity import Case, Mode, measure_fidelity
+from preconcert.world_models.recurrent import RecurrentSettings
+from preconcert.world_models.recurrent_training import train_recurrent
+
+
+class Subject(StrEnum):
+    """The models that are measured."""
+
+    TOKEN = "token"
+    RECURRENT = "recurrent"
+    COPY_LAST = "copy-last"
+    COUNT_TABLE = "count-table"
+    SHUFFLED = "shuffled"
+    """The token model, its answers exchanged between episodes."""
+
+
+def fit_and_measure(
+    recipe: Recipe, folder: Path, options: Mapping[str, Any], warm_cache: Path, reporter: Reporter
+) -> CellFound:
+    """Make the team and its token world model in FOLDER/run, fit the cell's own model, and measure it.
+
+    Args:
+        recipe: of the run, with a `world_model` and without reinforcement learning.
+        folder: of the cell.
+        options: `subject`, the model; `free`, whether the token model writes without its grammar; `heldout`, the
+            episodes that are asked about, by who plays them; `starts` per episode; `horizons`; `samples` per start;
+            `plans`, held-out instances that the policy plays inside the model; `recurrent`, settings.
+        warm_cache: shared warm starts and play.
+        reporter: receives progress.
+    """
+    started = time.perf_counter()
+    run = shared_run(recipe, folder, warm_cache, reporter)
+    players = Players(run, recipe)
+    learner = players.team(warm=True)
+    world = world_settings(recipe)
+    mixture = Mixture(world.random_episodes, world.scripted_episodes, world.learner_episodes)
+    episodes = shared_play(recipe, learner, mixture, folder, warm_cache, reporter)
+    held = mixed_play(recipe, learner, Mixture(**options["heldout"]), "heldout", 0, reporter)
+    horizons = tuple(options["horizons"])
+    cases = heldout_cases(held, horizons, int(options["starts"]))
+    model = _fitted(Subject(options["subject"]), players, run, episodes, options, reporter)
+    fitted = time.perf_counter()
+
+    measures: dict[str, float | None] = dict(coverage(episodes, cases))
+    curves: dict[str, Sequence[float | None]] = {}
+    for mode in Mode:
+        reporter.stage(f"fidelity, mode {mode}", len(cases))
+        found = measure_fidelity(model, cases, mode, horizons, int(options["samples"]), seed=0)
+        measures |= found.measures(mode)
+        measures |= {f"cases_{h}": float(count) for h, count in found.cases.items()}
+        curves[f"mse_{mode}"], curves[f"exact_{mode}"] = found.mse, found.exact
+        if mode is Mode.IMAGINED:
+            for h, bins in found.reliability.items():
+                for part, values in zip(("said", "was", "count"), zip(*bins, strict=True), strict=False):
+                    curves[f"reliability_{part}_{h}"] = [float(value) for value in values]
+    measures |= _consistency(model, players.team(warm=True), episodes, held, cases, int(options["plans"]), reporter)
+    measures["fit_s"] = fitted - started
+    measures["measure_s"] = time.perf_counter() - fitted
+    return CellFound(measures, curves)
+
+
+def _fitted(
+    subject: Subject,
+    players: Players,
+    run: Path,
+    episodes: Sequence[Episode],
+    options: Mapping[str, Any],
+    reporter: Reporter,
+) -> WorldModel:
+    language, seed = players.env.language, players.recipe.seed
+    if subject is Subject.COPY_LAST:
+        return CopyLast(episodes, language)
+    if subject is Subject.COUNT_TABLE:
+        return CountTable(episodes, language)
+    if subject is Subject.RECURRENT:
+        settings = RecurrentSettings(**options["recurrent"])
+        reporter.stage("recurrent world model", settings.steps)
+        return train_recurrent(
+            episodes, language, settings, seed, lambda step, loss: reporter.advance(step, f"loss {loss:.2f}")
+        )
+    token = load_world_model(run, players.model)
+    if options.get("free", False):
+        token.settings = token.settings.model_copy(update={"constrained": False})
+    return ShuffledWorldModel(token, seed) if subject is Subject.SHUFFLED else token
+
+
+def _consistency(
+    model: WorldModel,
+    policy: Policy,
+    episodes: Sequence[Episode],
+    held: Sequence[Episode],
+    cases: Sequence[Case],
+    plans: int,
+    reporter: Reporter,
+) -> dict[str, float | None]:
+    """Verdicts on played and on imagined plans; see `consistency.py`."""
+    judged = [each for each in episodes if each.success is not None]
+    if not judged:
+        return {}
+    first = next(iter(judged[0].trajectories))
+    threshold = success_threshold(
+        [each.trajectories[first].total_reward for each in judged], [bool(each.success) for each in judged]
+    )
+    whole = [case for case in cases if case.request.observation.step == 0]
+    solved = {f"held-{number}@0": bool(each.success) for number, each in enumerate(held)}
+    reporter.stage("consistency, played plans", len(whole))
+    played = consistency_of(
+        claims(model, whole, threshold), [solved[case.request.episode] for case in whole]
+    )
+    # The same instances for all; every agent takes its turn at planning.
+    first_views = {case.request.episode: [] for case in whole}  # type: dict[str, list[Case]]
+    for case in whole:
+        first_views[case.request.episode].append(case)
+    chosen = [views[number % len(views)] for number, views in enumerate(list(first_views.values())[:plans])]
+    reporter.stage("consistency, imagined plans", len(chosen))
+    horizon = max(len(case.outcomes) for case in whole)
+    inside = play_inside(
+        model, policy, [case.request for case in chosen], horizon, threshold, derive_seed("inside plans")
+    )
+    instances = {f"held-{number}@0": each for number, each in enumerate(held)}
+    kept = [
+        replayed(instances[case.request.episode], each.actions) for case, each in zip(chosen, inside, strict=True)
+    ]
+    imagined = consistency_of([each.claimed for each in inside], kept)
+    found: dict[str, float | None] = {"success_threshold": threshold}
+    for name, each in (("played", played), ("inside", imagined)):
+        found |= {
+            f"{name}_plans": float(each.plans), f"{name}_claimed": each.claimed, f"{name}_kept": each.kept,
+            f"{name}_ratio": each.ratio, f"{name}_agreement": each.agreement, f"{name}_trusted": each.trusted,
+        }  # fmt: skip
+    return found
+
+
+ARMS = (
+    ExperimentArm("token", "token model", options={"subject": "token"}),
+    ExperimentArm("token-free", "token model, without grammar", options={"subject": "token", "free": True}),
+    ExperimentArm("recurrent", "recurrent model", options={"subject": "recurrent"}),
+    ExperimentArm("copy-last", "copy last", options={"subject": "copy-last"}),
+    ExperimentArm("count-table", "count table", options={"subject": "count-table"}),
+    ExperimentArm("shuffled", "token model, shuffled", options={"subject": "shuffled"}),
+)
+_LEAN: Mapping[str, Any] = {
+    "gate": {"min_gap": 0.0, "episodes": 16}, "keep_episodes": False, "grpo": {"iterations": 0}, "adapters": "shared",
+}  # fmt: skip
+_SMOKE_WORLD: Mapping[str, Any] = {
+    "random_episodes": 16, "learner_episodes": 16, "scripted_episodes": 32, "heldout_episodes": 4,
+    "training": {"steps": 4, "batch": 16},
+}  # fmt: skip
+SMOKE = Plan(
+    arms=ARMS,
+    tasks=(
+        ExperimentTask(
+            "rendezvous",
+            {
+                **_LEAN,
+                "task": "rendezvous",
+                "params": {"size": 3, "landmarks": 2, "horizon": 5},
+                "starter": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn": 32},
+                "warm_start": {"episodes": 64, "steps": 15, "batch": 64},
+                "world_model": _SMOKE_WORLD,
+            },
+        ),
+    ),
+    seeds=1,
+    options={
+        "heldout": {"random": 2, "scripted": 3, "learner": 2},
+        "starts": 2, "horizons": (1, 5), "samples": 1, "plans": 4,
+        "recurrent": {"state": 16, "groups": 4, "classes": 4, "hidden": 32, "steps": 20, "batch": 16},
+    },
+)  # fmt: skip
+_TASKS: Mapping[str, Mapping[str, Any]] = {
+    "rendezvous": {"params": {"size": 9, "horizon": 32}},
+    "box-push": {"params": {"size": 8, "horizon": 40, "push": 3}},
+    "pursuit": {"params": {"horizon": 32}},
+}
+"""In sizes whose episodes last to the longest horizon."""
+
+
+def _tasks(warm_start: Mapping[str, Any], world_model: Mapping[str, Any]) -> tuple[ExperimentTask, ...]:
+    return tuple(
+        ExperimentTask(
+            name, {**_LEAN, "task": name, **given, "warm_start": dict(warm_start), "world_model": dict(world_model)}
+        )
+        for name, given in _TASKS.items()
+    )
+
+
+_WORLD: Mapping[str, Any] = {
+    "random_episodes": 400, "scripted_episodes": 400, "learner_episodes": 200, "heldout_episodes": 6,
+}  # fmt: skip
+STANDARD = Plan(
+    arms=ARMS,
+    tasks=_tasks({"episodes": 800, "steps": 600}, _WORLD),
+    seeds=5,
+    options={
+        "heldout": {"random": 15, "scripted": 20, "learner": 15},
+        "starts": 4, "horizons": (1, 5, 10, 20), "samples": 1, "plans": 50, "recurrent": {},
+    },
+)  # fmt: skip
+FULL = Plan(
+    arms=ARMS,
+    tasks=_tasks({"episodes": 3000, "steps": 2000}, {}),
+    seeds=10,
+    options={
+        "heldout": {"random": 40, "scripted": 60, "learner": 40},
+        "starts": 4, "horizons": (1, 5, 10, 20), "samples": 2, "plans": 140, "recurrent": {"steps": 6000},
+    },
+)  # fmt: skip
+
+WORLD_MODEL = Experiment(
+    name="world-model",
+    question=(
+        "How far ahead is what a world model imagines still true on layouts that it has never seen, with its "
+        "teammates' actions given and without, and do plans that succeed in it succeed in the world?"
+    ),
+    plans={Scale.SMOKE: SMOKE, Scale.STANDARD: STANDARD, Scale.FULL: FULL},
+    work="preconcert.experiments.world_model:fit_and_measure",
+    report=report,
+    limits=(
+        "The token model is an adapter of a small starter model, and its base has been fine-tuned on the same rows; a "
+        "pretrained model is not measured here.",
+        "Imaginations are drawn, one sample per start, as a planner would draw them. A drawn guess at something that "
+        "cannot be known has a larger squared error than a cautious one, or than no change at all.",
+        "Half of the moments that are asked about are chosen such that a horizon falls on the last step, so ends are "
+        "commoner than in play, and AUROC is not the share of ends that would be found there.",
+        "What an agent cannot see (a partner out of sight, the open landmark before it is named) is part of the "
+        "success that played plans are judged by: even a perfect model of one agent's view cannot know it.",
+        "The recurrent model is of about the token model's size and is trained from nothing for as long as stated; it "
+        "might be better with more training.",
+    ),
+)

@@ -1,0 +1,281 @@
+"""What the `world-model` experiment says: figures by model and horizon, planned comparisons, targets met or missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from preconcert.experiments.experiment import CellResult, Plan
+from preconcert.experiments.figures import curves_figure, reliability_figure
+from preconcert.experiments.readings import SIGNIFICANT, Readings, measure_named
+from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
+from preconcert.experiments.statistics import Estimate, holm, mean
+
+SUBJECT = "token"
+"""The arm that the targets are about."""
+RIVALS = ("copy-last", "recurrent")
+MODES = {"a": "true joint actions given", "b": "teammates imagined"}
+FIGURES = (
+    ("mse", "MSE"), ("exact", "view exact"), ("field_exact", "field exact"), ("determined", "determined fields exact"),
+    ("nll", "NLL (nats)"), ("reward_error", "reward error"), ("auroc", "end AUROC"), ("mate_accuracy", "mates, top 1"),
+    ("mate_ce", "mates, CE"), ("mate_brier", "mates, Brier"), ("mate_ece", "mates, ECE"), ("malformed", "malformed"),
+    ("ended_early", "ended early"),
+)  # fmt: skip
+EXACT_TARGET, CONSISTENT = 0.99, (0.9, 1 / 0.9)
+LONG = (5, 10, 20)
+"""Horizons at which the subject must have the lower error."""
+
+
+def report(plan: Plan, cells: Sequence[CellResult]) -> Report:
+    """Tables per task and mode, the targets, and drawings."""
+    readings = Readings(cells)
+    compared, verdicts = _comparisons(plan, readings)
+    tables = [compared] if compared.rows else []
+    for task in plan.tasks:
+        tables += [_by_horizon(plan, readings, task.name, mode) for mode in MODES]
+        tables.append(_whole(plan, readings, task.name))
+    findings = [*_exactness(plan, readings), *verdicts, *_consistency(plan, readings), *_gaps(plan, readings)]
+    figures = [
+        _curves(plan, readings, "mse", "mean squared error of the view's fields"),
+        _curves(plan, readings, "exact", "share of views that are right in all fields"),
+        _reliability(plan, readings),
+    ]
+    return Report(findings, tables, [figure for figure in figures if figure is not None])
+
+
+def horizons_of(plan: Plan) -> tuple[int, ...]:
+    """Where models are measured."""
+    return tuple(plan.options["horizons"])
+
+
+def _by_horizon(plan: Plan, readings: Readings, task: str, mode: str) -> ReportTable:
+    rows: list[tuple[Entry, ...]] = []
+    for arm in plan.arms:
+        for h in horizons_of(plan):
+            found = [readings.estimate(arm.name, measure_named(f"{name}_{mode}_{h}"), task) for name, _ in FIGURES]
+            if any(entry is not None for entry in found):
+                rows.append((arm.title, h, *found))
+    return ReportTable(
+        f"fidelity-{task}-{mode}",
+        f"{task}, {MODES[mode]}",
+        ("model", "steps", *(title for _, title in FIGURES)),
+        tuple(rows),
+        "Interquartile mean over seeds (95% bootstrap interval) on held-out layouts, from real moments on, every step "
+        "imagined on top of the imagined one before. What is malformed counts as wrong in the worst way from there on.",
+    )
+
+
+def _whole(plan: Plan, readings: Readings, task: str) -> ReportTable:
+    names = (
+        "drift_a", "drift_b", "played_agreement", "played_ratio", "inside_claimed", "inside_kept", "inside_ratio",
+        "inside_agreement", "fit_s", "measure_s",
+    )  # fmt: skip
+    rows: list[tuple[Entry, ...]] = [
+        (
+            arm.title,
+            _count(readings, arm.name, task),
+            *(readings.estimate(arm.name, measure_named(name), task) for name in names[:-2]),
+            *(_plain(readings.estimate(arm.name, measure_named(name), task, mean)) for name in names[-2:]),
+        )
+        for arm in plan.arms
+        if readings.of(arm.name, task) or readings.failed(arm.name, task)
+    ]
+    shares = {
+        name: readings.estimate(arm.name, measure_named(name), task, mean)
+        for arm in plan.arms
+        for name in ("seen_views", "seen_transitions")
+        if readings.of(arm.name, task)
+    }
+    covered = ", ".join(
+        f"{estimate.value:.0%} of the {'views' if name == 'seen_views' else 'views with their joint actions'}"
+        for name, estimate in shares.items()
+        if estimate is not None
+    )
+    return ReportTable(
+        f"consistency-{task}",
+        f"{task}: drift, and plans in the model and in the world",
+        (
+            "model", "seeds", "drift of MSE per step, a", "drift, b", "played plans: agreement",
+            "played: world ÷ model", "imagined plans: success in the model", "success replayed in the world",
+            "world ÷ model", "agreement", "fitting (s)", "measuring (s)",
+        ),
+        tuple(rows),
+        "Played plans: joint actions of held-out episodes, given to the model from the first view on. Imagined plans: "
+        "the warm-started policy plays one agent inside the model, the model the others; the joint actions are then "
+        "replayed in the world. Seconds are clock time beside other cells; a model that was already fitted is loaded. "
+        + (f"Training play holds {covered} that the cases start from." if covered else ""),
+    )  # fmt: skip
+
+
+def _comparisons(plan: Plan, readings: Readings) -> tuple[ReportTable, list[Finding]]:
+    """MSE of the subject against its rivals, with the true joint actions; one family, corrected together."""
+    horizons = [h for h in horizons_of(plan) if h in LONG] or [max(horizons_of(plan))]
+    names = {arm.name: arm.title for arm in plan.arms}
+    family = [(rival, h) for rival in RIVALS if rival in names and SUBJECT in names for h in horizons]
+    pooled = [readings.compare(rival, SUBJECT, measure_named(f"mse_a_{h}")) for rival, h in family]
+    adjusted = holm([1.0 if found is None else found.p_value for found in pooled])
+    rows: list[tuple[Entry, ...]] = []
+    findings: list[Finding] = []
+    for (rival, h), found, p_value in zip(family, pooled, adjusted, strict=True):
+        title = f"{names[rival]} – {names[SUBJECT]}, {h} steps"
+        if found is None:
+            rows.append((title, "all", 0, None, None, None, "not compared"))
+            findings.append(Finding(f"Target missed: {title} could not be compared.", False))
+            continue
+        clear = found.verdict != 0 and p_value < SIGNIFICANT
+        says = ("lower", "not told apart", "higher")[found.verdict + 1] if clear else "not told apart"
+        rows.append((title, "all", found.difference.count, found.difference, found.improvement, f"{p_value:.3f}", says))
+        apart = []
+        for task in plan.tasks:
+            alone = readings.compare(rival, SUBJECT, measure_named(f"mse_a_{h}"), task.name)
+            if alone is None:
+                continue
+            verdict = ("lower", "not told apart", "higher")[alone.verdict + 1]
+            rows.append((title, task.name, alone.difference.count, alone.difference, alone.improvement, None, verdict))
+            if alone.verdict != 1:
+                apart.append(task.name)
+        met = clear and found.verdict == 1
+        text = (
+            f"{'Target met' if met else 'Target missed'}: the error of {names[rival]} at {h} steps is {says} than the "
+            f"token model's"
+            if says != "not told apart"
+            else f"Target missed: at {h} steps {names[rival]} and the token model are not told apart"
+        )
+        text += (
+            f", difference {found.difference.value:+.4f} (95%: {found.difference.low:+.4f} to "
+            f"{found.difference.high:+.4f}), p = {p_value:.3f} after Holm."
+        )
+        if apart:
+            text += f" By itself it is not clearly higher on {', '.join(apart)}."
+        findings.append(Finding(text, clear))
+    table = ReportTable(
+        "comparisons",
+        "Planned comparisons of MSE, true joint actions given",
+        (
+            "first – second", "task", "pairs", "paired difference (95%)", "P(first higher) (95%)", "p (Holm)",
+            "first is",
+        ),
+        tuple(rows),
+        "Interquartile mean of the differences on the same task and seed; a positive one means that the token model "
+        "errs less. p by sign flips over all tasks together, Holm's correction over these rows. Single tasks go by "
+        "their intervals alone: so few pairs cannot pass the correction.",
+    )  # fmt: skip
+    return table, findings
+
+
+def _exactness(plan: Plan, readings: Readings) -> list[Finding]:
+    found: list[Finding] = []
+    for task in plan.tasks:
+        value = readings.estimate(SUBJECT, measure_named("determined_a_1"), task.name)
+        if value is None:
+            continue
+        met, clear = value.value >= EXACT_TARGET, value.low >= EXACT_TARGET or value.high < EXACT_TARGET
+        text = (
+            f"Target {'met' if met else 'missed'} on {task.name}: one step ahead the token model has "
+            f"{_said(value)} of the determined fields right (target {EXACT_TARGET:g})."
+        )
+        found.append(Finding(text, clear))
+    return found
+
+
+def _consistency(plan: Plan, readings: Readings) -> list[Finding]:
+    found: list[Finding] = []
+    low, high = CONSISTENT
+    for task in plan.tasks:
+        value = readings.estimate(SUBJECT, measure_named("inside_ratio"), task.name)
+        if value is None:
+            found.append(Finding(f"Target missed on {task.name}: no plan succeeds inside the token model.", False))
+            continue
+        met, clear = low <= value.value <= high, low <= value.low and value.high <= high
+        agreed = readings.estimate(SUBJECT, measure_named("played_agreement"), task.name)
+        text = (
+            f"Target {'met' if met else 'missed'} on {task.name}: plans made inside the token model succeed in the "
+            f"world {_said(value)} times as often as in the model (target {low:g} to {high:.2f})"
+        )
+        text += f"; on played plans it agrees with the world in {_said(agreed)} of cases." if agreed else "."
+        found.append(Finding(text, clear))
+    return found
+
+
+def _gaps(plan: Plan, readings: Readings) -> list[Finding]:
+    """What not knowing the others costs, and what the control does."""
+    found: list[Finding] = []
+    at = max(horizons_of(plan))
+    for task in plan.tasks:
+        given, alone, shuffled = (
+            readings.estimate(arm, measure_named(name), task.name)
+            for arm, name in ((SUBJECT, f"mse_a_{at}"), (SUBJECT, f"mse_b_{at}"), ("shuffled", f"mse_a_{at}"))
+        )
+        if given is None or alone is None:
+            continue
+        text = (
+            f"{task.name}: at {at} steps the token model errs by {_said(given)} with the others' actions given and by "
+            f"{_said(alone)} without"
+        )
+        text += f"; its answers shuffled err by {_said(shuffled)}." if shuffled else "."
+        found.append(Finding(text, alone.low > given.high))
+    return found
+
+
+def _curves(plan: Plan, readings: Readings, name: str, what: str) -> ReportFigure | None:
+    panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
+    for task in plan.tasks:
+        for mode, title in MODES.items():
+            lines: dict[str, list[tuple[list[float], list[float]]]] = {}
+            for arm in plan.arms:
+                found = [_line(cell, f"{name}_{mode}") for cell in readings.of(arm.name, task.name)]
+                if any(x for x, _ in found):
+                    lines[arm.title] = [line for line in found if line[0]]
+            if lines:
+                panels[f"{task.name}, {title}"] = lines
+    if not panels:
+        return None
+    return ReportFigure(
+        name,
+        f"{what[0].upper()}{what[1:]} against the steps imagined: interquartile mean over seeds with 95% bootstrap "
+        "bands. Always the same cases, those that last to the longest horizon.",
+        curves_figure(panels, "steps imagined", what, smooth=1),
+    )
+
+
+def _line(cell: CellResult, name: str) -> tuple[list[float], list[float]]:
+    values = [value for value in cell.curves.get(name, ()) if value is not None]
+    return [float(h) for h in range(1, len(values) + 1)], values
+
+
+def _reliability(plan: Plan, readings: Readings) -> ReportFigure | None:
+    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    at = horizons_of(plan)[0]
+    for task in plan.tasks:
+        for arm in plan.arms:
+            points = [
+                (float(said), float(was), float(count))
+                for cell in readings.of(arm.name, task.name)
+                for said, was, count in zip(
+                    *(cell.curves.get(f"reliability_{part}_{at}", ()) for part in ("said", "was", "count")),
+                    strict=True,
+                )
+                if said is not None and was is not None and count is not None
+            ]
+            if points:
+                panels.setdefault(task.name, {})[arm.title] = points
+    if not panels:
+        return None
+    return ReportFigure(
+        "reliability",
+        f"Reliability of the likeliest action foretold of a teammate, {at} step ahead, all seeds together: how often "
+        "it was right against how certain the model was. On the line a model is right as often as it says.",
+        reliability_figure(panels),
+    )
+
+
+def _said(value: Estimate) -> str:
+    return f"{value.value:.3f} (95%: {value.low:.3f} to {value.high:.3f})"
+
+
+def _plain(value: Estimate | None) -> float | None:
+    return None if value is None else value.value
+
+
+def _count(readings: Readings, arm: str, task: str) -> str:
+    failed = readings.failed(arm, task)
+    return f"{len(readings.of(arm, task))}" + (f" ({failed} failed)" if failed else "")

@@ -1,0 +1,166 @@
+"""The world-model experiment's report on cells whose outcome is known, and its data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preconcert.agents import ChannelSettings
+from preconcert.core import Episode
+from preconcert.experiments.experiment import Cell, CellResult, Scale, cells_of
+from preconcert.experiments.registry import experiment_named
+from preconcert.experiments.report import ReportTable
+from preconcert.experiments.world_data import (
+    Mixture,
+    coverage,
+    env_at,
+    heldout_cases,
+    mixed_play,
+    replayed,
+    shared_play,
+)
+from preconcert.experiments.world_model import STANDARD, WORLD_MODEL, Subject
+from preconcert.experiments.world_model_report import FIGURES, report
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Silent
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+
+ERRORS = {
+    "token": 0.001, "token-free": 0.002, "recurrent": 0.02, "copy-last": 0.03, "count-table": 0.01, "shuffled": 0.05,
+}  # fmt: skip
+RECIPE = Recipe(task="rendezvous", params={"size": 3, "landmarks": 2, "horizon": 5})
+
+
+def cells_like(error: Callable[[str, str, int], float], exact: float = 0.995) -> list[CellResult]:
+    """A cell for every arm, task and seed; errors grow with the horizon."""
+    found = []
+    for seed in range(5):
+        for arm in STANDARD.arms:
+            for task in STANDARD.tasks:
+                cell = Cell(arm.name, task.name, seed, "nowhere:nothing", RECIPE, {"arm": arm.name, "task": task.name})
+                noise = np.random.default_rng(seed).uniform(0.9, 1.1)
+                measures: dict[str, float | None] = {}
+                curves = {}
+                for mode in "ab":
+                    for name, _ in FIGURES:
+                        for h in (1, 5, 10, 20):
+                            value = error(arm.name, task.name, h) * noise
+                            measures[f"{name}_{mode}_{h}"] = exact if name == "determined" else value
+                    measures[f"drift_{mode}"] = 0.01
+                    curves[f"mse_{mode}"] = [error(arm.name, task.name, h) * noise for h in range(1, 21)]
+                    curves[f"exact_{mode}"] = [0.5] * 20
+                for part, values in (("said", [0.3, 0.8]), ("was", [0.4, 0.7]), ("count", [10.0, 30.0])):
+                    curves[f"reliability_{part}_1"] = values
+                measures |= {"inside_ratio": 0.97, "played_agreement": 0.9, "seen_views": 0.25, "fit_s": 3.0}
+                found.append(CellResult(cell, measures, curves, None, {}))
+    return found
+
+
+def test_targets_that_are_met_are_said_to_be() -> None:
+    found = report(STANDARD, cells_like(lambda arm, _, h: ERRORS[arm] * h))
+    texts = [finding.text for finding in found.findings]
+    assert sum(text.startswith("Target met") for text in texts) == 3 + 6 + 3  # exactness, comparisons, consistency
+    assert not any(text.startswith("Target missed") for text in texts)
+    assert [figure.name for figure in found.figures] == ["mse", "exact", "reliability"]
+    names = [table.name for table in found.tables]
+    assert names == [
+        "comparisons",
+        *(f"{kind}-{task.name}{mode}" for task in STANDARD.tasks for kind, mode in (
+            ("fidelity", "-a"), ("fidelity", "-b"), ("consistency", ""),
+        )),
+    ]  # fmt: skip
+    table = next(table for table in found.tables if table.name == "fidelity-pursuit-a")
+    assert len(table.rows) == len(STANDARD.arms) * 4
+    assert "25% of the views" in next(table for table in found.tables if table.name == "consistency-pursuit").note
+
+
+def test_targets_that_are_missed_are_said_to_be() -> None:
+    """The token model is worse than copying at 20 steps, and one step of it is not exact."""
+    cells = cells_like(lambda arm, _, h: 2.0 if arm == "token" and h == 20 else ERRORS[arm] * h, exact=0.9)
+    texts = [finding.text for finding in report(STANDARD, cells).findings]
+    missed = [text for text in texts if text.startswith("Target missed")]
+    assert sum("determined fields" in text for text in missed) == 3
+    assert sum("at 20 steps" in text for text in missed) == 2
+    assert any("copy last at 20 steps is lower than the token model's" in text for text in missed)
+
+
+def test_one_task_that_goes_the_other_way_is_named() -> None:
+    cells = cells_like(lambda arm, task, h: ERRORS[arm] * h * (100 if arm == "token" and task == "pursuit" else 1))
+    texts = [finding.text for finding in report(STANDARD, cells).findings if "Holm" in finding.text]
+    assert len(texts) == 6
+    assert all("not clearly higher on pursuit" in text for text in texts)
+
+
+def test_failed_cells_leave_a_report() -> None:
+    cells = [
+        CellResult(each.cell, {}, {}, "it broke", {}) if each.cell.arm == "token" else each
+        for each in cells_like(lambda arm, _, h: ERRORS[arm] * h)
+    ]
+    found = report(STANDARD, cells)
+    assert all(finding.text.startswith("Target missed") for finding in found.findings)
+    table: ReportTable = next(table for table in found.tables if table.name == "consistency-box-push")
+    assert table.rows[0][1] == "0 (5 failed)"
+
+
+def test_cells_differ_by_their_subject_alone() -> None:
+    assert experiment_named("world-model") is WORLD_MODEL
+    cells = cells_of(WORLD_MODEL, Scale.STANDARD)
+    assert len(cells) == len({cell.digest for cell in cells}) == 6 * 3 * 5
+    assert {cell.options["subject"] for cell in cells} == set(Subject)
+    assert len({cell.recipe.model_dump_json() for cell in cells if cell.seed == 0}) == 3
+
+
+@pytest.fixture(scope="module")
+def held() -> list[Episode]:
+    return mixed_play(RECIPE, ScriptedPolicy("expert"), Mixture(2, 1, 3), "heldout", 0, Silent())
+
+
+def test_mixed_play_is_what_was_asked_for(held: list[Episode]) -> None:
+    assert len(held) == 6
+    assert {each.split for each in held} == {"heldout"}
+    assert all(each.success for each in held[3:])
+    again = mixed_play(RECIPE, ScriptedPolicy("expert"), Mixture(2, 1, 3), "heldout", 0, Silent())
+    assert held == again
+
+
+def test_shared_play_is_made_once(tmp_path: Path) -> None:
+    class Once(ScriptedPolicy):
+        calls = 0
+
+        def decide(self, requests):  # type: ignore[no-untyped-def]
+            Once.calls += 1
+            return super().decide(requests)
+
+    found = [
+        shared_play(RECIPE, Once("scripted"), Mixture(1, 1, 2), tmp_path / name, tmp_path / "warm", Silent())
+        for name in "ab"
+    ]
+    assert Once.calls == 5
+    assert found[0] == found[1]
+    assert not (tmp_path / "a" / "play").exists()
+
+
+def test_cases_and_replay(held: list[Episode]) -> None:
+    cases = heldout_cases(held, (1, 5), 2)
+    assert len(cases) == 6 * 2 * 2
+    for case in cases:
+        env = copy.deepcopy(case.request.env)  # the agents of a moment share it
+        result = env.step({case.request.agent: case.moves[0].action, **(case.moves[0].others or {})})
+        assert result.observations[case.request.agent] == case.outcomes[0].observation
+    for each in held:
+        joint = [{agent: mine.turns[t].action for agent, mine in each.trajectories.items()} for t in range(each.steps)]
+        assert replayed(each, joint) == each.success
+        assert not replayed(each, joint[:-1])
+    assert env_at(held[0], 2).state() == held[0].states[2]
+
+
+def test_coverage_counts_what_was_met(held: list[Episode]) -> None:
+    cases = heldout_cases(held, (1,), 2)
+    assert coverage(held, cases) == {"seen_views": 1.0, "seen_transitions": 1.0}
+    specs = [EpisodeSpec("rendezvous", RECIPE.params, 5, "train")]
+    other = rollout(specs, ScriptedPolicy("random"), ChannelSettings(), 0)
+    assert coverage(other, cases)["seen_views"] < 0.5
