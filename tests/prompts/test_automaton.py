@@ -66,3 +66,26 @@ def test_ambiguous_and_empty_choices_are_refused(options: list[tuple[int, ...]])
 def test_a_refused_token_is_named_with_its_place() -> None:
     with pytest.raises(GrammarError, match="token 9 is not allowed at position 1"):
         build([[(1,)], [(2,), (3,)]]).walk([1, 9])
+
+
+def test_options_may_skip_what_follows() -> None:
+    builder = AutomatonBuilder()
+    builder.choice([[1], [2]], {(2,): 2})
+    builder.choice([[3], [4, 5]], {(3,): 1})
+    builder.choice([[6], [7]])
+    builder.literal([9])
+    automaton = builder.build()
+    allowed = {(1, 3, 9), (1, 4, 5, 6, 9), (1, 4, 5, 7, 9), (2, 9)}
+    found = set()
+    open_ends: list[tuple[tuple[int, ...], int]] = [((), 0)]
+    while open_ends:
+        ids, state = open_ends.pop()
+        if automaton.is_final(state):
+            found.add(ids)
+        open_ends += [((*ids, token), target) for token, target in automaton.transitions[state].items()]
+    assert found == allowed
+    assert automaton.longest == 5
+    assert all(target > state for state, row in enumerate(automaton.transitions) for target in row.values())
+    builder.choice([[1]], {(1,): 1})
+    with pytest.raises(GrammarError, match="skips to piece 6 of 5"):
+        builder.build()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from preconcert.core import ConfigError, Move, UnknownNameError
 from preconcert.envs import make_env
+from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.recipe import Recipe
 from preconcert.training.run import load_model, train
 from preconcert.training.warm_cache import BASIS, warm_basis, warm_key
@@ -107,6 +108,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(run: Path, tmp_path: Path) -
     one, other = adapters_of(run), adapters_of(stopped)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_agents_imagine_in_the_world_model_of_their_run(tmp_path: Path) -> None:
+    recipe = with_world(recipe_of(iterations=2, imagination=ImaginationSettings(group=2, horizon=2)))
+    done = train(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (done / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(any(name.startswith("imagination/") for name in line) for line in lines)
+    before = load_file(done / "world" / "adapter" / "adapter_model.safetensors")
+    loaded = load_world_model(done).model.adapter_parameters("world")  # type: ignore[attr-defined]
+    assert all(torch.equal(loaded[key], value) for key, value in before.items())
 
 
 def test_a_stage_that_broke_off_is_done_again(run: Path, tmp_path: Path) -> None:
