@@ -21,6 +21,15 @@ from preconcert.experiments.judgement import peak_minus_final, spikes
 PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("how it plays", ("success", "return")),
     ("predictions", ("intention_accuracy", "forecast_exact_match", "malformed")),
+    (
+        "predictions: how true",
+        ("prediction/brier", "prediction/top", "prediction/kept_word", "prediction/field_f1"),
+    ),
+    (
+        "how predictable agents are",
+        ("predictability/copy_last", "predictability/by_view", "predictability/by_own_view"),
+    ),
+    ("imagined games", ("imagination/return", "imagination/ended", "imagination/malformed")),
     ("messages, bits per turn", ("message_bits_per_turn",)),
     ("entropy, nats per token", ("entropy",)),
     ("KL to the sampler, nats per token", ("approx_kl", "kl")),
@@ -73,6 +82,9 @@ def diagnose(log: Log) -> dict[str, Any]:
         "generated_tokens": sum(_column(log, "generated_tokens")) or None,
         "success": _last(log, "success"),
         "return": _last(log, "return"),
+        "prediction": {key.split("/", 1)[1]: _last(log, key) for key in _keys(log, "prediction/")},
+        "predictability": {key.split("/", 1)[1]: _last(log, key) for key in _keys(log, "predictability/")},
+        "imagined_malformed": _last(log, "imagination/malformed"),
         "peak_minus_final": peak_minus_final(course),
         "gradient_norm": _last(log, "gradient_norm/largest"),
         "gradient_spikes": spikes(norms) if norms else None,

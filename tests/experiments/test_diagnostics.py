@@ -45,6 +45,20 @@ def test_panels_hold_what_was_logged_and_nothing_else() -> None:
     assert "critic: explained variance" not in panels
 
 
+def test_predictions_and_imaginations_have_panels() -> None:
+    more = {"prediction/brier": 0.8, "predictability/by_view": 0.5, "imagination/malformed": 0.1}
+    log = [{**line, **more} for line in log_of([1.0, 1.0], [0.1, 0.2])]
+    panels = dict(panels_of(log))
+    assert panels["predictions: how true"] == {"prediction/brier": ([1, 2], [0.8, 0.8])}
+    assert set(panels["how predictable agents are"]) == {"predictability/by_view"}
+    assert set(panels["imagined games"]) == {"imagination/malformed"}
+    found = diagnose(log)
+    assert found["prediction"] == {"brier": pytest.approx(0.8)}
+    assert ("prediction, brier", "0.800") in said(found)
+    assert ("imagined malformed", "0.100") in said(found)
+    assert diagnose(log_of([1.0], [0.1]))["prediction"] == {}
+
+
 def test_the_page_loads_nothing() -> None:
     page = diagnostics_page("<b>name</b>", [("run", "runs/x")], log_of([1.0] * 3, [0.1] * 3))
     assert "data:image/png;base64," in page

@@ -86,10 +86,12 @@ def run(checkpoint: Path, out: Path, rank: int, world: int) -> dict[str, torch.T
 
 
 def whole_recipe() -> Recipe:
-    """Three iterations; what an untrained team learns from is its own hindsight."""
+    """Three iterations; what an untrained team learns from is its own hindsight, and what its predictions are paid."""
     return recipe_of(
-        iterations=3, seeds=4, group=3, epochs=1, minibatches=1, lr=1e-3, hindsight_weight=0.5, hindsight_fraction=1.0
-    )
+        iterations=3, seeds=4, group=3, epochs=1, minibatches=1, lr=1e-3, hindsight_weight=0.5, hindsight_fraction=1.0,
+        prediction={"announcement": 1.0, "scale": True},
+        imagination={"model": "oracle", "ratio": 0.5, "group": 2, "horizon": 2},
+    )  # fmt: skip
 
 
 class Noted(GameSource):
