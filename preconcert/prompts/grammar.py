@@ -32,7 +32,8 @@ class Grammar:
     """Pieces in sequence, followed by the end of sequence.
 
     Args:
-        pieces: in order; an option's skips must not reach beyond the range that an earlier option skips.
+        pieces: in order. Options of one piece that skip anything skip the same, and nothing beyond what an earlier
+            piece may skip.
         encode: the ids of a text.
         tokenizer: a Hugging Face tokenizer, for reading text back.
         compact: words stand alone, one token each; otherwise each is followed by `;`.
@@ -166,15 +167,14 @@ class Grammar:
                 mark = re.escape(self.pieces[at + 1].options[0].strip()) if self.compact else r"\n"
                 pattern += rf"(?P<p{at}>(?:(?!{mark}).)*?)\s*" + ("" if self.compact else r"\n\s*")
             else:
-                plain = [word for word in piece.options if not skipping.get(word)]
-                group = "|".join(re.escape(self._spell(piece, word)) for word in plain)
-                pattern += "" if skipping else f"(?P<p{at}>{group}){close}"
+                plain = "|".join(re.escape(self._spell(piece, w)) for w in piece.options if w not in skipping)
+                word = f"(?P<p{at}>{plain}){close}"
                 if skipping:
-                    ((skip,), skippers) = {tuple(set(skipping.values())): tuple(skipping)}.popitem()
-                    over = "|".join(re.escape(self._spell(piece, word)) for word in skippers)
-                    rest = self._pattern(at + 1, at + 1 + skip)
-                    pattern += f"(?:(?P<s{at}>{over}){close}|(?P<p{at}>{group}){close}{rest})"
+                    over = "|".join(re.escape(self._spell(piece, skipper)) for skipper in skipping)
+                    skip = max(skipping.values())  # they all skip the same
+                    word = f"(?:(?P<s{at}>{over}){close}|{word}{self._pattern(at + 1, at + 1 + skip)})"
                     at += skip
+                pattern += word
             at += 1
         return pattern
 
