@@ -37,9 +37,9 @@ HALF = 0.5
 WARM, PLAIN, PAID, ANNEALED, HINDSIGHT = "warm", "plain", "paid", "annealed", "hindsight"
 REAL, PASSES, IMAGINED, ORACLE = "real", "real-passes", "imagined", "imagined-oracle"
 _BARE: Mapping[str, Any] = {"grpo.hindsight_weight": 0.0}
-_LOGGED: Mapping[str, Any] = {"action": 0.0}
-_PAID: Mapping[str, Any] = {"action": 1.0, "announcement": 1.0}
-_PLAIN = ("rendezvous",)
+_LOGGED: Mapping[str, Any] = {"action": 0.0, "announcement": 0.0}
+_PAID: Mapping[str, Any] = {"action": 0.3, "announcement": 0.3}
+_PLAIN = ("rendezvous", "box-push", "pursuit")
 """The tasks of the first part."""
 PREDICTIONS: tuple[ExperimentArm, ...] = (
     ExperimentArm(WARM, "warm start alone", {"grpo.iterations": 0}, tasks=_PLAIN),
@@ -420,6 +420,15 @@ STANDARD = Plan(
             "rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 24, "seeds": 8, "group": 8}}
         ),
         ExperimentTask(
+            "box-push",
+            {
+                **_LEAN,
+                "task": "box-push",
+                "warm_start": {"episodes": 4000, "steps": 900},
+                "grpo": {"hindsight_weight": 0.1, "iterations": 24, "seeds": 8, "group": 4},
+            },
+        ),
+        ExperimentTask(
             "rendezvous-world",
             {
                 **_LEAN,
@@ -436,6 +445,25 @@ FULL = Plan(
     arms=(*PREDICTIONS, *IMAGINATIONS),
     tasks=(
         ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 60, "seeds": 16}}),
+        ExperimentTask(
+            "box-push",
+            {
+                **_LEAN,
+                "task": "box-push",
+                "warm_start": {"episodes": 8000, "steps": 2000},
+                "grpo": {"hindsight_weight": 0.1, "iterations": 60, "seeds": 16},
+            },
+        ),
+        ExperimentTask(
+            "pursuit",
+            {
+                **_LEAN,
+                "task": "pursuit",
+                "adapters": "shared",
+                "warm_start": {"episodes": 8000, "steps": 2000},
+                "grpo": {"iterations": 60, "seeds": 16},
+            },
+        ),
         ExperimentTask(
             "rendezvous-world",
             {**_LEAN, "task": "rendezvous", "world_model": _WORLD, "grpo": {"iterations": 60, "seeds": 8}},

@@ -256,8 +256,6 @@ class Recipe(BaseModel):
             return
         if wanted.action and not self.agent.spans.intend:
             raise ValueError("grpo.prediction pays for intentions, and agent.spans.intend is off")
-        if wanted.announcement and not self.agent.spans.say:
-            raise ValueError("grpo.prediction pays for announcements, and agent.spans.say is off")
         if wanted.observation and not self.agent.spans.foresee:
             raise ValueError("grpo.prediction pays for forecasts, and agent.spans.foresee is off")
         if self.update.ratio is not RatioLevel.TOKEN or self.update.order is not Order.SIMULTANEOUS:

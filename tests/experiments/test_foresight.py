@@ -75,6 +75,7 @@ def test_what_rewards_raise_and_what_they_cost_is_said() -> None:
     assert any("annealed rewards – nothing: held-out success worse by more than 2%" in text for text in said)
     predictable = tables[f"predictable-{TASK}"]
     assert predictable.columns[-1] == "by the agents themselves"
+    assert f"predictable-{STANDARD.tasks[1].name}" not in tables  # nothing was played there
     assert [row[0] for row in predictable.rows] == [arm.title for arm in PREDICTING.arms]
     assert {figure.name for figure in found.figures} == {"predictions", "course"}
 

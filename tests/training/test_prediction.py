@@ -104,7 +104,7 @@ def test_forecasts_that_come_true_are_as_good_as_each_other() -> None:
 def test_weights_move_evenly() -> None:
     settings = PredictionSettings(action=2.0, announcement=1.0, observation=0.5, end=0.0)
     assert [settings.weights(done) for done in (0.0, 0.5, 1.0)] == [(2.0, 1.0, 0.5), (1.0, 0.5, 0.25), (0.0, 0.0, 0.0)]
-    assert PredictionSettings().weights(1.0) == (1.0, 0.0, 0.0)
+    assert PredictionSettings().weights(1.0) == PredictionSettings().weights(0.0) == (0.3, 0.3, 0.0)
 
 
 # ---- what was foretold
@@ -224,6 +224,8 @@ def test_distributions_are_those_that_were_sampled_from(checkpoint: Any, kind: s
 # ---- which tokens are paid
 
 
+SILENT = {"action": 0.0, "announcement": 0.0}
+"""Pays nothing and logs everything."""
 Weights = tuple[float, float, float]
 NOTHING: Weights = (0.0, 0.0, 0.0)
 
@@ -333,7 +335,7 @@ def test_a_recipe_without_predictions_notices_nothing(starter: TransformersModel
         recipe = recipe_of(policy_spans=("say", "act"), hindsight_weight=0.5, **grpo)
         return GameSource(recipe, team_on(starter), GrammarTable(), frozenset(AGENTS), None).collect(0)
 
-    off, watched, paid = collect(), collect(prediction={"action": 0.0}), collect(prediction={"observation": 1.0})
+    off, watched, paid = collect(), collect(prediction=SILENT), collect(prediction={"action": 1.0, "observation": 1.0})
     assert off.policy_tokens == watched.policy_tokens == paid.policy_tokens
     assert len(off.rows) == len(watched.rows)
     for one, other in zip(off.rows, watched.rows, strict=True):
@@ -366,7 +368,6 @@ def test_the_weight_is_annealed_over_the_run(starter: TransformersModel) -> None
         ({"prediction": {}}, {"update": {"ratio": "turn"}}, "update.ratio=token"),
         ({"prediction": {}}, {"update": {"order": "sequential"}}, "update.order=simultaneous"),
         ({"prediction": {}}, {"agent": {"spans": {"intend": False}}}, "agent.spans.intend is off"),
-        ({"prediction": {"announcement": 1.0}}, {"agent": {"spans": {"say": False}}}, "agent.spans.say is off"),
     ],
 )
 def test_settings_that_would_mix_the_two_are_refused(grpo: Any, rest: Any, message: str) -> None:
