@@ -41,7 +41,7 @@ PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("losses", ("loss", "hindsight_loss", "value_loss")),
     ("sampler against trainer", ("sampler_mismatch",)),
     ("skipped steps", ("skipped_steps",)),
-    ("seconds", ("rollout_s", "values_s", "credit_s", "rows_s")),
+    ("seconds", ("rollout_s", "values_s", "credit_s", "rows_s", "imagination_s")),
 )
 """Title and log keys of every panel; a key that ends in a slash stands for all that begin with it."""
 
