@@ -69,7 +69,7 @@ class RecurrentSettings(BaseModel):
     """Optimiser steps."""
     batch: PositiveInt = 16
     """Episodes per step, each as one agent lived it."""
-    lr: float = Field(5e-3, gt=0)
+    lr: float = Field(6e-3, gt=0)
     """Peak of Adam's learning rate; it decays to a tenth along a cosine."""
     unimix: float = Field(0.01, ge=0, lt=1)
     """Share of the uniform distribution in prior and posterior."""
