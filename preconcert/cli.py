@@ -553,9 +553,12 @@ def _planned(
     plan: bool, planner: str, model: str, greedy: bool, overrides: Sequence[str]
 ) -> tuple[Planned | None, list[str]]:
     """How a run is to plan, None if not at all; and the overrides that are not the planner's."""
-    from preconcert.experiments.planned import Planned, WorldKind, planner_settings, split_planner
+    from preconcert.config import parse_override
+    from preconcert.experiments.planned import PREFIX, Planned, WorldKind, planner_settings
 
-    values, others = split_planner(overrides)
+    own = [override for override in overrides if override.startswith(PREFIX)]
+    others = [override for override in overrides if override not in own]
+    values = dict(parse_override(override.removeprefix(PREFIX)) for override in own)
     if not plan:
         if values:
             raise ConfigError(f"planner.{next(iter(values))} changes the search of --plan, which is not asked for")

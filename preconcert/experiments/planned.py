@@ -1,12 +1,12 @@
 """Runs that plan: a finished run's team with a search in front of it, for playing, watching and experiments.
 
-Parts: `WorldKind` (what imagines), `planner_settings` (a kind of search and overrides), `split_planner` (overrides of a
-command that belong to the planner), `Planned` and `planning_team`.
+Parts: `WorldKind` (what imagines), `Planned`, `planner_settings` (a kind of search and what is changed about it),
+`planning_team`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from preconcert.agents.planners import PLANNERS, PlannerSettings, PlanningTeam
-from preconcert.config import parse_override
 from preconcert.core import ConfigError, Rehearsing, UnknownNameError, WorldModel, nearest
 from preconcert.experiments.evaluation import Players
 from preconcert.training.world_stage import load_world_model
 from preconcert.world_models import OracleWorldModel, ShuffledWorldModel
 
-_PREFIX = "planner."
+PREFIX = "planner."
+"""Goes before the keys of a planner's settings."""
 
 
 class WorldKind(StrEnum):
@@ -46,24 +46,11 @@ class Planned:
     def overrides(self) -> Mapping[str, Any]:
         """By dotted key, as an evaluation records them."""
         changed = self.settings.model_dump(mode="json", exclude_defaults=True)
-        return {"plan": self.settings.type, "model": self.world.value, **{_PREFIX + k: v for k, v in changed.items()}}
+        return {"plan": self.settings.type, "model": self.world.value, **{PREFIX + k: v for k, v in changed.items()}}
 
     def team(self, players: Players, run: Path) -> PlanningTeam:
         """A run's team that plans."""
         return planning_team(players, run, self)
-
-
-def split_planner(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The planner's overrides by key without `planner.`, and all others."""
-    own: dict[str, Any] = {}
-    others: list[str] = []
-    for override in overrides:
-        if override.startswith(_PREFIX):
-            key, value = parse_override(override.removeprefix(_PREFIX))
-            own[key] = value
-        else:
-            others.append(override)
-    return own, others
 
 
 def planner_settings(kind: str, values: Mapping[str, Any]) -> PlannerSettings:
@@ -89,7 +76,7 @@ def planner_settings(kind: str, values: Mapping[str, Any]) -> PlannerSettings:
         return PLANNERS[kind].model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = _PREFIX + ".".join(map(str, first["loc"]))
+        where = PREFIX + ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"unknown key {where!r}; {nearest(where, _keys(PLANNERS[kind]))}") from None
         raise ConfigError(f"{where} = {first['input']!r}: {first['msg']}") from None
@@ -127,5 +114,5 @@ def _keys(settings: type[BaseModel]) -> list[str]:
     found: list[str] = []
     for name, each in settings.model_fields.items():
         inner = each.default if isinstance(each.default, BaseModel) else None
-        found += [_PREFIX + name] if inner is None else [f"{_PREFIX}{name}.{key}" for key in type(inner).model_fields]
+        found += [PREFIX + name] if inner is None else [f"{PREFIX}{name}.{key}" for key in type(inner).model_fields]
     return found
