@@ -58,7 +58,8 @@ def fit_and_measure(
         recipe: of the run, with a `world_model` and without reinforcement learning.
         folder: of the cell.
         options: `subject`, the model; `free`, whether the token model writes without its grammar; `heldout`, the
-            episodes that are asked about, by who plays them; `starts` per episode; `horizons`; `samples` per start;
+            episodes that are asked about, by who plays them; `greedy`, whether models say what they find likeliest, word
+            by word, instead of drawing; `starts` per episode; `horizons`; `samples` per start;
             `plans`, held-out instances that the policy plays inside the model; `recurrent`, settings.
         warm_cache: shared warm starts and play.
         reporter: receives progress.
@@ -105,17 +106,20 @@ def _fitted(
     language, seed = players.env.language, players.recipe.seed
     if subject is Subject.COPY_LAST:
         return CopyLast(episodes, language)
+    greedy = bool(options["greedy"])
     if subject is Subject.COUNT_TABLE:
-        return CountTable(episodes, language)
+        return CountTable(episodes, language, greedy=greedy)
     if subject is Subject.RECURRENT:
         settings = RecurrentSettings(**options["recurrent"])
         reporter.stage("recurrent world model", settings.steps)
-        return train_recurrent(
+        recurrent = train_recurrent(
             episodes, language, settings, seed, lambda step, loss: reporter.advance(step, f"loss {loss:.2f}")
         )
+        recurrent.greedy = greedy
+        return recurrent
     token = load_world_model(run, players.model)
-    if options.get("free", False):
-        token.settings = token.settings.model_copy(update={"constrained": False})
+    changes = {"constrained": not options.get("free", False), "temperature": 0.0 if greedy else 1.0}
+    token.settings = token.settings.model_copy(update=changes)
     return ShuffledWorldModel(token, seed) if subject is Subject.SHUFFLED else token
 
 
@@ -198,7 +202,7 @@ SMOKE = Plan(
     ),
     seeds=1,
     options={
-        "heldout": {"random": 2, "scripted": 3, "learner": 2},
+        "greedy": True, "heldout": {"random": 2, "scripted": 3, "learner": 2},
         "starts": 2, "horizons": (1, 5), "samples": 1, "plans": 4,
         "recurrent": {"state": 16, "groups": 4, "classes": 4, "hidden": 32, "steps": 20, "batch": 16},
     },
@@ -228,7 +232,7 @@ STANDARD = Plan(
     tasks=_tasks({"episodes": 800, "steps": 600}, _WORLD),
     seeds=5,
     options={
-        "heldout": {"random": 15, "scripted": 20, "learner": 15},
+        "greedy": True, "heldout": {"random": 15, "scripted": 20, "learner": 15},
         "starts": 4, "horizons": (1, 5, 10, 20), "samples": 1, "plans": 50, "recurrent": {},
     },
 )  # fmt: skip
@@ -237,7 +241,7 @@ FULL = Plan(
     tasks=_tasks({"episodes": 3000, "steps": 2000}, {}),
     seeds=10,
     options={
-        "heldout": {"random": 40, "scripted": 60, "learner": 40},
+        "greedy": True, "heldout": {"random": 40, "scripted": 60, "learner": 40},
         "starts": 4, "horizons": (1, 5, 10, 20), "samples": 2, "plans": 140, "recurrent": {"steps": 6000},
     },
 )  # fmt: skip
@@ -254,8 +258,9 @@ WORLD_MODEL = Experiment(
     limits=(
         "The token model is an adapter of a small starter model, and its base has been fine-tuned on the same rows; a "
         "pretrained model is not measured here.",
-        "Imaginations are drawn, one sample per start, as a planner would draw them. A drawn guess at something that "
-        "cannot be known has a larger squared error than a cautious one, or than no change at all.",
+        "All models say what they find likeliest, word by word: that suits squared errors and exact matches. A planner "
+        "draws instead, and a drawn guess at something that cannot be known has a larger squared error. Probabilities "
+        "(negative log-likelihoods, ends, teammates' actions) do not depend on it.",
         "Half of the moments that are asked about are chosen such that a horizon falls on the last step, so ends are "
         "commoner than in play, and AUROC is not the share of ends that would be found there.",
         "What an agent cannot see (a partner out of sight, the open landmark before it is named) is part of the "
