@@ -56,7 +56,7 @@ PREDICTIONS: tuple[ExperimentArm, ...] = (
 """The arms of the first part."""
 _WORLDS = ("rendezvous-world",)
 """The tasks of the second part."""
-_DREAMS: Mapping[str, Any] = {"ratio": 2.0, "group": 8, "horizon": 4}
+_DREAMS: Mapping[str, Any] = {"ratio": 4.0, "group": 8, "horizon": 4}
 # The base is the same, since it was warm-started with the same rows; the model itself is not used.
 _UNUSED: Mapping[str, Any] = {
     "world_model.training.steps": 1, "world_model.heldout_episodes": 1, "world_model.refresh_every": 0,
