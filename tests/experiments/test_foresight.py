@@ -8,21 +8,9 @@ from dataclasses import replace
 import pytest
 
 from preconcert.experiments.experiment import CellResult, ExperimentArm, Plan
-from preconcert.experiments.foresight import (
-    ANNEALED,
-    CONTRASTS,
-    FORESIGHT,
-    HINDSIGHT,
-    IMAGINED,
-    PAID,
-    PASSES,
-    PLAIN,
-    REAL,
-    STANDARD,
-    report,
-    step_ratios,
-    steps_to,
-)
+from preconcert.experiments.foresight import FORESIGHT, STANDARD
+from preconcert.experiments.foresight_arms import ANNEALED, CONTRASTS, HINDSIGHT, IMAGINED, PAID, PASSES, PLAIN, REAL
+from preconcert.experiments.foresight_report import report, step_ratios, steps_to
 from preconcert.experiments.judgement import course, curves_of
 from preconcert.experiments.readings import Readings
 from preconcert.experiments.statistics import Estimate
