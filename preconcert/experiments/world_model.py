@@ -58,8 +58,8 @@ def fit_and_measure(
         recipe: of the run, with a `world_model` and without reinforcement learning.
         folder: of the cell.
         options: `subject`, the model; `free`, whether the token model writes without its grammar; `heldout`, the
-            episodes that are asked about, by who plays them; `greedy`, whether models say what they find likeliest, word
-            by word, instead of drawing; `starts` per episode; `horizons`; `samples` per start;
+            episodes that are asked about, by who plays them; `greedy`, whether models say what they find likeliest,
+            word by word, instead of drawing; `starts` per episode; `horizons`; `samples` per start;
             `plans`, held-out instances that the policy plays inside the model; `recurrent`, settings.
         warm_cache: shared warm starts and play.
         reporter: receives progress.
