@@ -250,7 +250,7 @@ SMOKE = Plan(
 )
 _SEARCH: Mapping[str, Any] = {"candidates": 8, "samples": 2, "horizon": 3}
 _BEAM: Mapping[str, Any] = {"candidates": 8, "samples": 2, "horizon": 3, "width": 3, "branch": 2}
-_TREE: Mapping[str, Any] = {"candidates": 8, "branch": 3, "rounds": 8, "leaves": 6, "horizon": 3}
+_TREE: Mapping[str, Any] = {"candidates": 8, "branch": 2, "rounds": 5, "leaves": 4, "horizon": 3}
 _MIXTURE: Mapping[str, int] = {"random": 1500, "scripted": 1500, "learner": 1000}
 STANDARD = Plan(
     arms=arms(_SEARCH, _BEAM, _TREE),
