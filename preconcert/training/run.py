@@ -108,7 +108,7 @@ def train(
     cache = WarmCache(warm_cache) if warm_cache is not None else None
     _one_at_a_time(rank, world, lambda: warm_start(recipe, out, env, assignment, reporter, cache))
     if recipe.world_model is not None:
-        _one_at_a_time(rank, world, lambda: train_stage(recipe, out, env, assignment, reporter))
+        _one_at_a_time(rank, world, lambda: train_stage(recipe, out, env, assignment, reporter, cache))
     model = load_model(recipe, out, out / "warm")
     if recipe.grpo.iterations:
         if not trainable:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,37 @@ def warm_key(recipe: Recipe, first_adapter: str) -> str:
         recipe: of the run.
         first_adapter: the adapter that is trained under method `lora`; its name seeds it. It has no effect otherwise.
     """
-    content = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
+    return _hash(_supervised(recipe, first_adapter))
+
+
+def world_key(recipe: Recipe, assignment: Mapping[str, str]) -> str:
+    """The hash of everything that a run's world model depends on before reinforcement learning.
+
+    Args:
+        recipe: of the run, with a section `world_model`.
+        assignment: adapter by agent, of the team whose play it learns from.
+    """
+    section = recipe.world_model
+    assert section is not None
+    content = _supervised(recipe, next(iter(assignment.values())))
+    content["world_model"] = section.model_dump(mode="json", exclude={"refresh_every", "refresh_steps"})
+    content["channel"] = recipe.channel.model_dump(mode="json")
+    content["assignment"] = dict(assignment)
+    return _hash(content)
+
+
+def _supervised(recipe: Recipe, first_adapter: str) -> dict[str, Any]:
+    """Everything that the supervised phase depends on."""
+    content: dict[str, Any] = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
     if recipe.world_model is not None:  # recipes without one keep the keys that they always had
         content["world_model"] = world_part(recipe)
     content["adapter"] = first_adapter if recipe.warm_start.method is WarmStartMethod.LORA else None
     content["libraries"] = {name: metadata.version(name) for name in _LIBRARIES}
     content["cuda"] = torch.cuda.is_available()
+    return content
+
+
+def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 

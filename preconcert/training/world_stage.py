@@ -30,6 +30,7 @@ from preconcert.prompts import TurnFormat, WorldFormat
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, Policies, ScriptedPolicy, rollout
+from preconcert.training.warm_cache import WarmCache, world_key
 from preconcert.training.warm_start import WarmStartMethod, WarmStartSettings
 from preconcert.training.world_data import coverage
 from preconcert.training.world_model import heldout_report, refine, train_world_model
@@ -112,7 +113,12 @@ def mix_world_rows(
 
 
 def train_stage(
-    recipe: Recipe, out: Path, env: Env, assignment: Mapping[str, str], reporter: Reporter
+    recipe: Recipe,
+    out: Path,
+    env: Env,
+    assignment: Mapping[str, str],
+    reporter: Reporter,
+    cache: WarmCache | None = None,
 ) -> dict[str, Any]:
     """Train the adapter on the warm-started base, or read what was found if that is done.
 
@@ -122,13 +128,25 @@ def train_stage(
         env: of the task.
         assignment: adapter by agent, of the team that plays as a source.
         reporter: receives progress.
+        cache: in which runs share the adapter, as they share warm starts.
     """
     folder = out / FOLDER
     marker = folder / REPORT
-    if marker.is_file():
-        return json.loads(marker.read_text())
+    if not marker.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        if cache is None:
+            _teach(recipe, out, folder, env, assignment, reporter)
+        else:
+            key = world_key(recipe, assignment)
+            cache.copy(key, out, lambda made: _teach(recipe, out, made / FOLDER, env, assignment, reporter), reporter)
+    return json.loads(marker.read_text())
+
+
+def _teach(
+    recipe: Recipe, out: Path, folder: Path, env: Env, assignment: Mapping[str, str], reporter: Reporter
+) -> None:
+    """Train the adapter of a run and write the folder `world`, wherever that is to be."""
     settings = world_settings(recipe)
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.perf_counter()
     model = _warm_model(recipe, out, assignment)
@@ -176,8 +194,7 @@ def train_stage(
         },
         "wall_s": time.perf_counter() - started,
     }
-    _write(marker, found)
-    return found
+    _write(folder / REPORT, found)
 
 
 def load_world_model(

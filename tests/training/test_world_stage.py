@@ -17,7 +17,7 @@ from preconcert.envs import make_env
 from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.recipe import Recipe
 from preconcert.training.run import load_model, train
-from preconcert.training.warm_cache import BASIS, warm_basis, warm_key
+from preconcert.training.warm_cache import BASIS, warm_basis, warm_key, world_key
 from preconcert.training.world_settings import WorldModelSettings, WorldTraining
 from preconcert.training.world_stage import load_world_model
 from preconcert.world_models import TokenBelief
@@ -49,6 +49,20 @@ def adapters_of(run: Path) -> dict[str, torch.Tensor]:
         if "checkpoints" not in path.parts
         for key, value in load_file(path).items()
     }
+
+
+def test_runs_that_share_a_world_model_have_the_bits_of_one_alone(run: Path, tmp_path: Path) -> None:
+    recipe = with_world(recipe_of(iterations=3, checkpoint_every=1, lr=0.02), refresh_every=2, refresh_steps=2)
+    for number in range(2):  # makes the entry, uses the entry
+        cached = train(recipe, tmp_path / f"cached{number}", warm_cache=tmp_path / "cache")
+        mine, alone = adapters_of(cached), adapters_of(run)
+        assert mine.keys() == alone.keys()
+        assert all(torch.equal(mine[key], alone[key]) for key in mine)
+    assert (tmp_path / "cache" / world_key(recipe, {agent: agent for agent in AGENTS})).is_dir()
+    later = with_world(recipe_of(iterations=1), refresh_every=1)
+    other = with_world(recipe_of(iterations=3), learner_episodes=5)
+    own = {agent: agent for agent in AGENTS}
+    assert world_key(recipe, own) == world_key(later, own) != world_key(other, own)
 
 
 def test_the_report_says_what_was_learned_from_and_how_well(run: Path) -> None:
