@@ -25,7 +25,8 @@ class Candidate:
     action: str
     message: str | None
     score: float
-    """What it was chosen by: mean return - spread weight * spread - disagreement weight * disagreement."""
+    """What it was chosen by: the mean return, less what spread and disagreement weigh, and more or less by how often
+    the policy proposed it."""
     mean: float
     """Mean imagined return."""
     spread: float

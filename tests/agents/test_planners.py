@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +127,28 @@ def test_a_malformed_imagination_is_worth_the_least(name: str) -> None:
     left = next(each for each in turn.candidates if each.action == "left")
     assert left.mean == 0.0
     assert left.path == ("malformed",)
+
+
+@pytest.mark.parametrize("name", ["best-of-k", "beam"])
+def test_what_the_policy_seldom_proposes_must_look_better(name: str) -> None:
+    """At the horizon of one step `left` pays 0.1 for certain and `right` nothing."""
+    plain = SEARCHES[name].model_copy(update={"horizon": 1})
+    careful = plain.model_copy(update={"score": ScoreSettings(gamma=1.0, prior_weight=0.5)})
+    turned = 0
+    for seed in range(20):
+        [turn] = team(careful).decide([request_at(seed=seed)])
+        [other] = team(plain).decide([request_at(seed=seed)])
+        drawn = {each.action: each.mean - each.score for each in turn.candidates}
+        if len(drawn) < 2:
+            continue
+        shares = {action: math.exp(-less / 0.5) for action, less in drawn.items()}
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert all(share * 16 == pytest.approx(round(share * 16)) for share in shares.values())
+        best = max(drawn, key=lambda action: (0.1 if action == "left" else 0.0) - drawn[action])
+        assert turn.action == best
+        assert other.action == "left"
+        turned += turn.action != other.action
+    assert turned > 0
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -21,6 +21,7 @@ from preconcert.agents.planners.paths import (
     ends,
     propose,
     rounded,
+    shares,
     start,
     weigh,
 )
@@ -37,6 +38,8 @@ class _Partial:
     """Number of the proposal that it begins with."""
     count: int
     """How often the policy sampled the last turn."""
+    share: float
+    """Of the policy's samples that proposed its first move."""
     order: int
     """In which it was made, among those of its moment."""
     paths: list[Path]
@@ -68,9 +71,9 @@ def beam(
     requests = [moment.request for moment in moments]
     proposals = propose(policy, requests, [moment.memory for moment in moments], settings.candidates)
     grown = [
-        _first(number, root, moment, proposal, settings.samples)
+        _first(number, root, share, moment, proposal, settings.samples)
         for number, (moment, proposed) in enumerate(zip(moments, proposals, strict=True))
-        for root, proposal in enumerate(proposed)
+        for root, (proposal, share) in enumerate(zip(proposed, shares(proposed), strict=True))
     ]
     spent: dict[tuple[int, int], int] = {}
     best: dict[tuple[int, int], _Partial] = {}
@@ -101,9 +104,9 @@ def beam(
     ]
 
 
-def _first(number: int, root: int, moment: Moment, proposal: Proposal, samples: int) -> _Partial:
+def _first(number: int, root: int, share: float, moment: Moment, proposal: Proposal, samples: int) -> _Partial:
     paths = [start(moment, proposal, sample) for sample in range(samples)]
-    return _Partial(number, root, proposal.count, root, paths, [proposal.move] * samples)
+    return _Partial(number, root, proposal.count, share, root, paths, [proposal.move] * samples)
 
 
 def _supersedes(new: _Partial, held: _Partial) -> bool:
@@ -122,7 +125,8 @@ def _imagine(world: WorldModel, grown: Sequence[_Partial], spent: dict[tuple[int
 def _weigh(grown: Sequence[_Partial], moments: Sequence[Moment], settings: Beam, critic: Critic | None) -> None:
     last = iter(ends([path for each in grown for path in each.paths], critic))
     for each in grown:
-        each.weighed = weigh(each.paths, [next(last) for _ in each.paths], moments[each.moment], settings.score)
+        values = [next(last) for _ in each.paths]
+        each.weighed = weigh(each.paths, values, moments[each.moment], settings.score, each.share)
 
 
 def _branched(policy: Rehearsing, parents: Sequence[_Partial], settings: Beam) -> list[_Partial]:

@@ -15,6 +15,7 @@ from preconcert.agents.planners.paths import (
     propose,
     respond,
     rounded,
+    shares,
     start,
     weigh,
 )
@@ -58,7 +59,10 @@ def best_of_k(
     last = dict(zip(map(id, every), ends(every, critic), strict=True))
     plans: list[Plan] = []
     for moment, proposed, own in zip(moments, proposals, ways, strict=True):
-        weighed = [weigh(paths, [last[id(path)] for path in paths], moment, settings.score) for paths in own]
+        weighed = [
+            weigh(paths, [last[id(path)] for path in paths], moment, settings.score, share)
+            for paths, share in zip(own, shares(proposed), strict=True)
+        ]
         order = sorted(range(len(proposed)), key=lambda k: (-rounded(weighed[k][0]), -proposed[k].count, k))
         plans.append(
             Plan(

@@ -7,6 +7,7 @@ in it, so candidates are compared on the same luck.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,6 +144,12 @@ def distinct(answers: Sequence[tuple[Turn, Any]]) -> list[Proposal]:
     return [Proposal(*first[move], count) for move, count in counts.items()]
 
 
+def shares(proposals: Sequence[Proposal]) -> list[float]:
+    """Of the samples that were not malformed, the share that proposed each."""
+    total = sum(proposal.count for proposal in proposals)
+    return [proposal.count / total for proposal in proposals]
+
+
 def start(moment: Moment, proposal: Proposal, sample: int) -> Path:
     """A way that begins with a proposal."""
     return Path(moment.request, derive_seed(moment.request.seed, "sample", sample), moment.belief, proposal.memory)
@@ -191,14 +198,23 @@ def worst_of(moment: Moment, settings: ScoreSettings) -> float:
 
 
 def weigh(
-    paths: Sequence[Path], last: Sequence[float | None], moment: Moment, settings: ScoreSettings
+    paths: Sequence[Path], last: Sequence[float | None], moment: Moment, settings: ScoreSettings, share: float = 1.0
 ) -> tuple[float, float, float, float]:
-    """Score, mean, spread and disagreement of the ways of one candidate."""
+    """Score, mean, spread and disagreement of the ways of one candidate.
+
+    Args:
+        paths: its ways.
+        last: values after their last steps, where the model has none.
+        moment: the decision.
+        settings: what a way is worth.
+        share: of the policy's samples that proposed it.
+    """
     worst = worst_of(moment, settings)
     returns = [return_of(path.steps, settings, worst, end) for path, end in zip(paths, last, strict=True)]
     mean, spread = mean_and_spread(returns)
     differ = disagreement([path.steps for path in paths], moment.request.language.view)
     score = mean - settings.spread_weight * spread - settings.disagreement_weight * differ
+    score += settings.prior_weight * math.log(share)
     return score, mean, spread, differ
 
 
