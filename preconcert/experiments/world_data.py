@@ -1,10 +1,10 @@
-"""What world models learn from and are judged by: mixed play, held-out cases, and the world to replay plans in.
+"""What world models learn from and are judged by: mixed play, held-out cases, and the world as it was.
 
 Play is mixed from the task's random and scripted players and from a learner's warm-started team, by whole episodes. It
 follows from the recipe and the numbers of episodes alone, so all models of a task and seed share it; held-out play is
 the same for all seeds but for the learner's part.
 
-Parts: `Mixture`, `mixed_play`, `shared_run`, `shared_play`, `coverage`, `heldout_cases`, `env_at`, `replayed`.
+Parts: `Mixture`, `mixed_play`, `shared_run`, `shared_play`, `coverage`, `heldout_cases`, `env_at`.
 """
 
 from __future__ import annotations
@@ -180,18 +180,6 @@ def env_at(episode: Episode, step: int) -> Env:
     for at in range(step):
         env.step({agent: mine.turns[at].action for agent, mine in episode.trajectories.items()})
     return env
-
-
-def replayed(episode: Episode, actions: Sequence[Mapping[str, str]]) -> bool:
-    """Do these joint actions solve the instance of an episode? Not if one of them is illegal or they end too soon."""
-    env = env_at(episode, 0)
-    for joint in actions:
-        if any(action not in env.legal_actions(agent) for agent, action in joint.items()):
-            return False
-        result = env.step(joint)
-        if result.done:
-            return bool(result.success)
-    return False
 
 
 def _key(kind: str, content: Mapping[str, Any]) -> str:

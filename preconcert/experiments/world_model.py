@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from preconcert.agents import ChannelSettings
 from preconcert.core import Episode, Policy, WorldModel, derive_seed
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players
@@ -23,16 +24,16 @@ from preconcert.experiments.world_data import (
     coverage,
     heldout_cases,
     mixed_play,
-    replayed,
     shared_play,
     shared_run,
 )
 from preconcert.experiments.world_model_report import report
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
+from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.world_stage import load_world_model, world_settings
-from preconcert.world_models import CopyLast, CountTable, ShuffledWorldModel
-from preconcert.world_models.consistency import claims, consistency_of, play_inside, success_threshold
+from preconcert.world_models import CopyLast, CountTable, RecurrentWorldModel, ShuffledWorldModel, TokenWorldModel
+from preconcert.world_models.consistency import Recital, claims, consistency_of, play_inside, success_threshold
 from preconcert.world_models.fidelity import Case, Mode, measure_fidelity
 from preconcert.world_models.recurrent import RecurrentSettings
 from preconcert.world_models.recurrent_training import train_recurrent
@@ -89,7 +90,11 @@ def fit_and_measure(
             for h, bins in found.reliability.items():
                 for part, values in zip(("said", "was", "count"), zip(*bins, strict=True), strict=False):
                     curves[f"reliability_{part}_{h}"] = [float(value) for value in values]
-    measures |= _consistency(model, players.team(warm=True), episodes, held, cases, int(options["plans"]), reporter)
+    # Whether plans come true is a matter of probabilities, so here what is imagined is drawn.
+    _draw(model)
+    measures |= _consistency(
+        model, players.team(warm=True), episodes, held, cases, int(options["plans"]), recipe.channel, reporter
+    )
     measures["fit_s"] = fitted - started
     measures["measure_s"] = time.perf_counter() - fitted
     return CellFound(measures, curves)
@@ -123,6 +128,15 @@ def _fitted(
     return ShuffledWorldModel(token, seed) if subject is Subject.SHUFFLED else token
 
 
+def _draw(model: WorldModel) -> None:
+    """Let a model draw what it imagines from here on."""
+    inner = model.inner if isinstance(model, ShuffledWorldModel) else model
+    if isinstance(inner, TokenWorldModel):
+        inner.settings = inner.settings.model_copy(update={"temperature": 1.0})
+    elif isinstance(inner, CountTable | RecurrentWorldModel):
+        inner.greedy = False
+
+
 def _consistency(
     model: WorldModel,
     policy: Policy,
@@ -130,6 +144,7 @@ def _consistency(
     held: Sequence[Episode],
     cases: Sequence[Case],
     plans: int,
+    channel: ChannelSettings,
     reporter: Reporter,
 ) -> dict[str, float | None]:
     """Verdicts on played and on imagined plans; see `consistency.py`."""
@@ -156,17 +171,27 @@ def _consistency(
     inside = play_inside(
         model, policy, [case.request for case in chosen], horizon, threshold, derive_seed("inside plans")
     )
-    instances = {f"held-{number}@0": each for number, each in enumerate(held)}
-    kept = [
-        replayed(instances[case.request.episode], each.actions) for case, each in zip(chosen, inside, strict=True)
+    reporter.stage("consistency, plans carried out", len(chosen))
+    instances = [held[int(case.request.episode.removeprefix("held-").partition("@")[0])] for case in chosen]
+    specs = [
+        EpisodeSpec(each.task, each.params, each.seed, each.split, sample=number)
+        for number, each in enumerate(instances)
     ]
-    imagined = consistency_of([each.claimed for each in inside], kept)
+    recital = Recital(
+        policy,
+        {spec.name: (case.request.agent, each.moves) for spec, case, each in zip(specs, chosen, inside, strict=True)},
+    )
+    carried = rollout(specs, recital, channel, derive_seed("inside plans"))
+    free = rollout(specs, policy, channel, derive_seed("inside plans"))
+    imagined = consistency_of([each.claimed for each in inside], [bool(each.success) for each in carried])
+    real = sum(bool(each.success) for each in free) / len(free)
     found: dict[str, float | None] = {"success_threshold": threshold}
     for name, each in (("played", played), ("inside", imagined)):
         found |= {
             f"{name}_plans": float(each.plans), f"{name}_claimed": each.claimed, f"{name}_kept": each.kept,
             f"{name}_ratio": each.ratio, f"{name}_agreement": each.agreement, f"{name}_trusted": each.trusted,
         }  # fmt: skip
+    found |= {"free_success": real, "free_ratio": real / imagined.claimed if imagined.claimed else None}
     return found
 
 
@@ -233,7 +258,7 @@ STANDARD = Plan(
     seeds=5,
     options={
         "greedy": True, "heldout": {"random": 15, "scripted": 20, "learner": 15},
-        "starts": 4, "horizons": (1, 5, 10, 20), "samples": 1, "plans": 50, "recurrent": {},
+        "starts": 4, "horizons": (1, 5, 10, 20), "samples": 1, "plans": 100, "recurrent": {},
     },
 )  # fmt: skip
 FULL = Plan(
@@ -260,7 +285,8 @@ WORLD_MODEL = Experiment(
         "pretrained model is not measured here.",
         "All models say what they find likeliest, word by word: that suits squared errors and exact matches. A planner "
         "draws instead, and a drawn guess at something that cannot be known has a larger squared error. Probabilities "
-        "(negative log-likelihoods, ends, teammates' actions) do not depend on it.",
+        "(negative log-likelihoods, ends, teammates' actions) do not depend on it, and where plans are carried out all "
+        "models draw.",
         "Half of the moments that are asked about are chosen such that a horizon falls on the last step, so ends are "
         "commoner than in play, and AUROC is not the share of ends that would be found there.",
         "What an agent cannot see (a partner out of sight, the open landmark before it is named) is part of the "

@@ -66,8 +66,8 @@ def _by_horizon(plan: Plan, readings: Readings, task: str, mode: str) -> ReportT
 
 def _whole(plan: Plan, readings: Readings, task: str) -> ReportTable:
     names = (
-        "drift_a", "drift_b", "played_agreement", "played_ratio", "inside_claimed", "inside_kept", "inside_ratio",
-        "inside_agreement", "fit_s", "measure_s",
+        "drift_a", "drift_b", "played_agreement", "played_ratio", "inside_claimed", "free_success", "free_ratio",
+        "inside_kept", "inside_ratio", "fit_s", "measure_s",
     )  # fmt: skip
     rows: list[tuple[Entry, ...]] = [
         (
@@ -95,13 +95,15 @@ def _whole(plan: Plan, readings: Readings, task: str) -> ReportTable:
         f"{task}: drift, and plans in the model and in the world",
         (
             "model", "seeds", "drift of MSE per step, a", "drift, b", "played plans: agreement",
-            "played: world ÷ model", "imagined plans: success in the model", "success replayed in the world",
-            "world ÷ model", "agreement", "fitting (s)", "measuring (s)",
+            "played: world ÷ model", "policy: success in the model", "success in the world", "world ÷ model",
+            "its plans carried out blindly", "blindly ÷ model", "fitting (s)", "measuring (s)",
         ),
         tuple(rows),
-        "Played plans: joint actions of held-out episodes, given to the model from the first view on. Imagined plans: "
-        "the warm-started policy plays one agent inside the model, the model the others; the joint actions are then "
-        "replayed in the world. Seconds are clock time beside other cells; a model that was already fitted is loaded. "
+        "Played plans: joint actions of held-out episodes, given to the model from the first view on. Policy: the "
+        "warm-started policy plays one agent inside the model, and the model the others; then the whole team plays the "
+        "same instances in the world; then the agent carries out there what it did in the model, whatever it sees, "
+        "among its real teammates. Seconds are clock time beside other cells; a model that was already fitted is "
+        "loaded. "
         + (f"Training play holds {covered} that the cases start from." if covered else ""),
     )  # fmt: skip
 
@@ -181,16 +183,18 @@ def _consistency(plan: Plan, readings: Readings) -> list[Finding]:
     found: list[Finding] = []
     low, high = CONSISTENT
     for task in plan.tasks:
-        value = readings.estimate(SUBJECT, measure_named("inside_ratio"), task.name)
+        value = readings.estimate(SUBJECT, measure_named("free_ratio"), task.name)
         if value is None:
             found.append(Finding(f"Target missed on {task.name}: no plan succeeds inside the token model.", False))
             continue
+        blind = readings.estimate(SUBJECT, measure_named("inside_ratio"), task.name)
         met, clear = low <= value.value <= high, low <= value.low and value.high <= high
         agreed = readings.estimate(SUBJECT, measure_named("played_agreement"), task.name)
         text = (
-            f"Target {'met' if met else 'missed'} on {task.name}: plans made inside the token model succeed in the "
-            f"world {_said(value)} times as often as in the model (target {low:g} to {high:.2f})"
+            f"Target {'met' if met else 'missed'} on {task.name}: the policy succeeds in the world {_said(value)} "
+            f"times as often as inside the token model (target {low:g} to {high:.2f})"
         )
+        text += f", its plans carried out blindly {_said(blind)} times" if blind else ""
         text += f"; on played plans it agrees with the world in {_said(agreed)} of cases." if agreed else "."
         found.append(Finding(text, clear))
     return found

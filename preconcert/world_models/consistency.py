@@ -4,21 +4,25 @@ After "From Word to World" (arXiv 2512.18832): success inside the model, success
 world, and the ratio of the two; 1 means that the model promises what the world keeps, less that it promises more.
 
 Two kinds of plans. *Played*: the joint actions of real episodes, which the model is given from the first step on.
-*Imagined*: a policy plays one agent inside the model from the first view to the end, the model plays the others, and
-the joint actions that come of it are replayed in the world.
+*Imagined*: a policy plays one agent inside the model from the first view to the end, and the model plays the others.
+That agent's own actions and words are then carried out in the world, step by step as planned, while its real teammates
+see and hear and do what they do. What the plan took for granted and could not know, such as a word that was imagined to
+be heard, need not come true: even a perfect model of one agent's view promises no more than a share of that. So the
+success of the same policy on the same instances, acting on what it really sees, stands beside it.
 
 Parts: `Consistency` and `consistency_of` (from verdicts), `claims` (the model's verdicts on played plans),
-`play_inside` (imagined ones), `success_threshold` (what return counts as success; a model foretells rewards alone).
+`play_inside` (imagined ones), `Recital` (carries them out), `success_threshold` (what return counts as success; a model
+foretells rewards alone).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from preconcert.core import ImaginedStep, Move, Policy, TurnRequest, WorldModel, derive_seed
+from preconcert.core import ImaginedStep, Message, Move, Policy, Turn, TurnRequest, WorldModel, derive_seed
 from preconcert.world_models.fidelity import Case
 from preconcert.world_models.imagination import imagine
 
@@ -101,8 +105,8 @@ def claims(model: WorldModel, cases: Sequence[Case], threshold: float, seed: int
 class PlayedInside:
     """An episode that a policy played in a model."""
 
-    actions: tuple[dict[str, str], ...]
-    """By agent, for each step."""
+    moves: tuple[Move, ...]
+    """What the agent itself did and said, step by step."""
     path: tuple[ImaginedStep, ...]
     claimed: bool | None
     """Did it succeed there? None where the imagination is malformed."""
@@ -125,7 +129,7 @@ def play_inside(
     beliefs = model.begin(renamed, [()] * len(renamed))
     live = list(range(len(renamed)))
     paths: list[list[ImaginedStep]] = [[] for _ in renamed]
-    actions: list[list[dict[str, str]]] = [[] for _ in renamed]
+    own: list[list[Move]] = [[] for _ in renamed]
     for step in range(horizon):
         if not live:
             break
@@ -139,9 +143,9 @@ def play_inside(
         following = []
         for place, move, answer in zip(live, moves, answers, strict=True):
             paths[place].append(answer)
+            own[place].append(move)
             if answer.malformed or answer.observation is None:
                 continue
-            actions[place].append({renamed[place].agent: move.action, **answer.others})
             if not answer.done:
                 beliefs[place] = answer.belief
                 renamed[place] = replace(renamed[place], observation=answer.observation, inbox=answer.inbox)
@@ -152,8 +156,53 @@ def play_inside(
         model.finish(request.episode)
     return [
         PlayedInside(tuple(done), tuple(path), _verdict(path, threshold))
-        for done, path in zip(actions, paths, strict=True)
+        for done, path in zip(own, paths, strict=True)
     ]
+
+
+class Recital:
+    """A `Policy` that carries out plans whatever it sees; all other agents are another policy's.
+
+    After a plan's end, and where its action is not legal, it takes the task's default action and says nothing.
+
+    Args:
+        policy: decides for the others.
+        plans: by episode the agent and its moves.
+    """
+
+    def __init__(self, policy: Policy, plans: Mapping[str, tuple[str, Sequence[Move]]]) -> None:
+        self.policy = policy
+        self.plans = dict(plans)
+        self.version = policy.version
+
+    def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
+        """One turn per request, in order."""
+        free = [request for request in requests if not self._planned(request)]
+        others = iter(self.policy.decide(free)) if free else iter(())
+        return [self._recite(request) if self._planned(request) else next(others) for request in requests]
+
+    def finish(self, episode: str) -> None:
+        """The episode is over."""
+        self.policy.finish(episode)
+
+    def _planned(self, request: TurnRequest) -> bool:
+        return request.episode in self.plans and self.plans[request.episode][0] == request.agent
+
+    def _recite(self, request: TurnRequest) -> Turn:
+        step, legal = request.observation.step, request.observation.legal_actions
+        moves = self.plans[request.episode][1]
+        default = request.language.default_action
+        move = moves[step] if step < len(moves) else Move(default)
+        known = move.action in legal
+        action = move.action if known else default if default in legal else legal[0]
+        message = None
+        if known and move.message is not None and request.others:
+            words = len(move.message.split())
+            message = Message(request.agent, request.others, move.message, 0.0, words, step)
+        return Turn(
+            request.agent, step, request.observation, request.inbox, (), (), (), (), (), (), None, message, action,
+            False, 0.0,
+        )  # fmt: skip
 
 
 def _verdict(path: Sequence[ImaginedStep], threshold: float) -> bool | None:
