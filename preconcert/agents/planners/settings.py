@@ -38,8 +38,7 @@ class ScoreSettings(BaseModel):
     prior_weight: float = Field(0.0, ge=0)
     """How much the logarithm of the share of samples in which the policy proposed a candidate counts for it. What is
     imagined is noisy, and the best of many noisy scores is often a slip; this asks a rare turn to look better by so
-    much more (the trade between value and divergence from the policy of Abdolmaleki et al. 2018). Tree search has
-    priors of its own."""
+    much more (the trade between value and divergence from the policy of Abdolmaleki et al. 2018)."""
 
 
 class SearchSettings(BaseModel):

@@ -203,7 +203,8 @@ class _Tree:
         differ = 1.0 if len(views) < len(seen) else differing(views, self.moment.request.language.view)
         differ = differ if len(seen) > 1 else 0.0
         score = self.settings.score
-        return mean - score.spread_weight * spread - score.disagreement_weight * differ, mean, spread, differ
+        worth = mean - score.spread_weight * spread - score.disagreement_weight * differ
+        return worth + score.prior_weight * math.log(edge.prior), mean, spread, differ
 
 
 def tree_search(
