@@ -29,11 +29,12 @@ from preconcert.core import ImaginedStep, Move, Observation, TaskLanguage, View,
 from preconcert.training.rollout import ScriptedPolicy
 from tests.agents.corridor import BEST, LANGUAGE, LENGTH, VIEW, Corridor, ExactModel, request_at, seen
 
+PLAIN = ScoreSettings(gamma=1.0, prior_weight=0.0)
 SEARCHES: dict[str, Any] = {
-    "best-of-k": BestOfK(candidates=16, samples=32, horizon=3, score=ScoreSettings(gamma=1.0)),
-    "beam": Beam(candidates=16, samples=1, width=4, branch=8, horizon=3, score=ScoreSettings(gamma=1.0)),
+    "best-of-k": BestOfK(candidates=16, samples=32, horizon=3, score=PLAIN),
+    "beam": Beam(candidates=16, samples=1, width=4, branch=8, horizon=3, score=PLAIN),
     "tree": Tree(
-        candidates=16, branch=8, rounds=20, leaves=4, horizon=3, score=ScoreSettings(gamma=1.0), outcomes=2
+        candidates=16, branch=8, rounds=20, leaves=4, horizon=3, score=PLAIN, outcomes=2
     ),
 }
 
@@ -157,7 +158,7 @@ def test_what_the_policy_seldom_proposes_must_look_better(name: str) -> None:
 def test_spread_and_disagreement_count_against_a_candidate(name: str) -> None:
     """Within one step `left` pays 0.1 on average, 5.1 or -4.9 each time; `right` pays nothing for certain."""
     plain = SEARCHES[name].model_copy(update={"horizon": 1, "samples": 8, "outcomes": 8, "exploration": 5.0})
-    careful = plain.model_copy(update={"score": ScoreSettings(gamma=1.0, spread_weight=1.0)})
+    careful = plain.model_copy(update={"score": ScoreSettings(gamma=1.0, spread_weight=1.0, prior_weight=0.0)})
     [turn] = team(careful, ExactModel(gamble=5.0)).decide([request_at(seed=3)])
     left = next(each for each in turn.candidates if each.action == "left")
     assert left.spread > 1
@@ -211,7 +212,7 @@ def test_what_is_put_on_record() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_candidates_are_the_different_turns_and_ties_go_to_the_commonest(seed: int) -> None:
     """After `left` nothing pays any more, so all that counts is how often the policy drew a turn."""
-    planner = team(BestOfK(candidates=7, samples=1, horizon=1))
+    planner = team(BestOfK(candidates=7, samples=1, horizon=1, score=PLAIN))
     first = ScriptedPolicy("random").decide([request_at()])[0]
     planner._pasts["e", "solo"] = [replace(first, action="left")]
     request = request_at(("left",), seed=seed)

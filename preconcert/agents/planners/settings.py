@@ -29,13 +29,14 @@ class ScoreSettings(BaseModel):
 
     gamma: float = Field(0.99, gt=0, le=1)
     """Discount per step."""
-    lam: float = Field(0.95, ge=0, le=1)
-    """Of the lambda-return: 0 trusts the model's value after the first step, 1 imagines as far as the horizon."""
+    lam: float = Field(0.5, ge=0, le=1)
+    """Of the lambda-return: 0 trusts the model's value after the first step, 1 imagines as far as the horizon. The value
+    after the first step is the only one that the model gives in full knowledge of what was said in it."""
     spread_weight: float = Field(0.0, ge=0)
     """How much the standard deviation of a candidate's imagined returns counts against it."""
     disagreement_weight: float = Field(0.0, ge=0)
     """How much it counts against a candidate that its samples show different views."""
-    prior_weight: float = Field(0.0, ge=0)
+    prior_weight: float = Field(0.05, ge=0)
     """How much the logarithm of the share of samples in which the policy proposed a candidate counts for it. What is
     imagined is noisy, and the best of many noisy scores is often a slip; this asks a rare turn to look better by so
     much more (the trade between value and divergence from the policy of Abdolmaleki et al. 2018)."""
@@ -48,7 +49,7 @@ class SearchSettings(BaseModel):
 
     candidates: int = Field(16, ge=1, le=512)
     """First turns sampled from the policy; equal ones count once."""
-    horizon: int = Field(5, ge=1, le=64)
+    horizon: int = Field(3, ge=1, le=64)
     """Steps imagined ahead at the most."""
     score: ScoreSettings = ScoreSettings()
     """What an imagined future is worth."""
