@@ -30,8 +30,8 @@ class ScoreSettings(BaseModel):
     gamma: float = Field(0.99, gt=0, le=1)
     """Discount per step."""
     lam: float = Field(0.5, ge=0, le=1)
-    """Of the lambda-return: 0 trusts the model's value after the first step, 1 imagines as far as the horizon. The value
-    after the first step is the only one that the model gives in full knowledge of what was said in it."""
+    """Of the lambda-return: 0 trusts the model's value after the first step, 1 imagines as far as the horizon. The
+    value after the first step is the only one that the model gives in full knowledge of what was said in it."""
     spread_weight: float = Field(0.0, ge=0)
     """How much the standard deviation of a candidate's imagined returns counts against it."""
     disagreement_weight: float = Field(0.0, ge=0)
