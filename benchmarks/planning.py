@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from preconcert.agents import AgentSettings, GenerativeTeam
-from preconcert.agents.planners import BestOfK, PlanningTeam
+from preconcert.agents.planners import BestOfK, PlanningTeam, ScoreSettings
 from preconcert.agents.planners.paths import Moment, advance, move_of, propose, respond, start, weigh
 from preconcert.core import ImaginedStep, Move, Turn, TurnRequest, derive_seed
 from preconcert.envs import make_env
@@ -39,7 +39,8 @@ from preconcert.prompts import WorldFormat, starter_words
 from preconcert.world_models.token import TokenWorldModel
 
 TASK = "rendezvous"
-SEARCH = BestOfK(candidates=16, samples=1, horizon=5)
+# A candidate alone has no share of the samples to be weighed by.
+SEARCH = BestOfK(candidates=16, samples=1, horizon=5, score=ScoreSettings(prior_weight=0.0))
 AGENTS_AT_ONCE = 32
 WORLD = "world"
 
