@@ -252,10 +252,11 @@ _SEARCH: Mapping[str, Any] = {"candidates": 8, "samples": 2, "horizon": 3}
 _BEAM: Mapping[str, Any] = {"candidates": 8, "samples": 2, "horizon": 3, "width": 3, "branch": 2}
 _TREE: Mapping[str, Any] = {"candidates": 8, "branch": 2, "rounds": 5, "leaves": 4, "horizon": 3}
 _MIXTURE: Mapping[str, int] = {"random": 1500, "scripted": 1500, "learner": 1000}
+_WORLD: Mapping[str, Any] = {"heldout_episodes": 10}
 STANDARD = Plan(
     arms=arms(_SEARCH, _BEAM, _TREE),
     tasks=(
-        ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 0}, "world_model": {}}),
+        ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 0}, "world_model": _WORLD}),
         ExperimentTask(
             "box-push",
             {
@@ -263,7 +264,7 @@ STANDARD = Plan(
                 "task": "box-push",
                 "warm_start": {"episodes": 4000, "steps": 900},
                 "grpo": {"iterations": 0},
-                "world_model": {},
+                "world_model": _WORLD,
             },
         ),
         ExperimentTask(
@@ -273,7 +274,7 @@ STANDARD = Plan(
                 "task": "pursuit",
                 "warm_start": {"episodes": 4000, "steps": 900},
                 "grpo": {"iterations": 0},
-                "world_model": {},
+                "world_model": _WORLD,
             },
         ),
     ),
@@ -304,6 +305,9 @@ PLANNING = Experiment(
         "The teams are small starter models after their warm start; whether planning still pays for a team that has "
         "learned to the end is not asked.",
         "Planners take their teammates to react, although those plan too.",
+        "What a candidate is worth (a lambda-return with lambda 0.5, and 0.05 times the logarithm of how often the "
+        "policy proposed it) was tuned with one seed on training layouts of the same tasks. All arms that search share "
+        "it, the controls included.",
         "Tokens are matched to best-of-K in the token model; beam and tree search write more or fewer, as the table "
         "says.",
     ),
