@@ -37,6 +37,9 @@ class CriticContext(StrEnum):
 
     CENTRAL = "central"
     """The global state and every message that somebody holds."""
+    AGENT_CENTRAL = "agent-central"
+    """The same, and after it the agent's own prompt: MAPPO's agent-specific global state (arXiv 2103.01955). One
+    sequence per turn instead of one per step."""
     OWN = "own"
     """The agent's own prompt."""
 
@@ -151,11 +154,11 @@ class CriticReader:
     def _alone(self, episode: Episode, position: int, index: int, column: int) -> Reading:
         agent = self.agents[column]
         turn = episode.trajectories[agent].turns[index]
-        ids: tuple[int, ...] = self._truth(episode, index) if self.context is CriticContext.CENTRAL else ()
+        ids: tuple[int, ...] = () if self.context is CriticContext.OWN else self._truth(episode, index)
         if self.acted:
             done = (f"{a} {episode.trajectories[a].turns[index].action}" for a in self.agents[:column])
             ids += self._tokens(" ".join(done))
-        if self.context is CriticContext.OWN or self.per_token:
+        if self.context is not CriticContext.CENTRAL or self.per_token:
             ids += turn.prompt_ids
         key, name = TurnKey(position, agent, index), f"{_name(episode, index)}:{agent}"
         if not self.per_token:

@@ -407,6 +407,19 @@ def test_the_own_context_critic_reads_the_prompt_and_nothing_else(starter: Trans
     assert moved(critic, episode, with_turn(episode, "agent_0", 1, prompt_ids=(7, 9))) == {("agent_0", 1)}
 
 
+def test_the_agent_central_critic_reads_the_truth_and_then_the_own_prompt(starter: TransformersModel) -> None:
+    critic = critic_on(starter, context="agent-central")
+    episode = one_episode()
+    assert moved(critic, episode, replace(episode, states=("left 0", *episode.states[1:]))) == {
+        ("agent_0", 0), ("agent_1", 0),
+    }  # fmt: skip
+    assert moved(critic, episode, with_turn(episode, "agent_0", 1, prompt_ids=(7, 9))) == {("agent_0", 1)}
+    assert moved(critic, episode, with_turn(episode, "agent_0", 1, completion_ids=(6, 6))) == set()
+    contexts = (CriticContext.CENTRAL, CriticContext.OWN, CriticContext.AGENT_CENTRAL)
+    truths, prompts, both = (CriticReader(starter.tokenizer, AGENTS, each).read([episode]) for each in contexts)
+    assert [r.ids for r in both] == [truths[n // 2].ids + prompts[n].ids for n in range(len(prompts))]
+
+
 def test_chained_values_read_exactly_the_earlier_agents_actions(starter: TransformersModel) -> None:
     agents = ("agent_0", "agent_1", "agent_2")
     turns = {a: [made.turn(a, s, made.ACTIONS[(n + s) % 3]) for s in range(2)] for n, a in enumerate(agents)}
