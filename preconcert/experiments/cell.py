@@ -33,9 +33,9 @@ from filelock import FileLock
 from preconcert.core import ConfigError
 from preconcert.experiments.experiment import Cell
 from preconcert.experiments.provenance import commit, versions
+from preconcert.training.json_file import write_json
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
-from preconcert.training.run import write_json
 
 SPEC, FOUND, FAILED, PROGRESS, OUTPUT = "spec.json", "cell.json", "failed.json", "progress.json", "output.txt"
 _SECONDS_BETWEEN_NOTES = 1.0

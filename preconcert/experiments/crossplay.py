@@ -22,11 +22,12 @@ from preconcert.core import ConfigError, Turn, TurnRequest, UnknownNameError
 from preconcert.experiments.evaluation import Players, heldout_specs, play, sides_of
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
+from preconcert.training.json_file import write_json
 from preconcert.training.league import FOLDER, Member
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import SCRIPT
-from preconcert.training.run import load_recipe_of, write_json
+from preconcert.training.run import load_recipe_of
 
 _DPI = 130
 

@@ -25,13 +25,14 @@ from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
 from preconcert.envs import make_env, task_class
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
+from preconcert.training.json_file import write_json
 from preconcert.training.league import FOLDER as LEAGUE
 from preconcert.training.league import Member
 from preconcert.training.measures import Measures, measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import SCRIPT, EpisodeSpec, ScriptedPolicy, rollout
-from preconcert.training.run import assign, load_model, load_recipe_of, write_json
+from preconcert.training.run import assign, load_model, load_recipe_of
 
 FOLDER = "eval"
 """Where a run keeps its evaluations."""

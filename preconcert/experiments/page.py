@@ -21,7 +21,7 @@ from preconcert.experiments.provenance import commit, machine, versions
 from preconcert.experiments.replay import write_page
 from preconcert.experiments.report import Report
 from preconcert.experiments.schedule import ScheduleReporter, run_cells
-from preconcert.training.run import write_json
+from preconcert.training.json_file import write_json
 
 RESULT, PAGE, FIGURES = "result.json", "index.html", "figures"
 ENOUGH_SEEDS = 5

@@ -49,6 +49,7 @@ from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
 from preconcert.training.imagination import ImaginedIn, Imaginer
+from preconcert.training.json_file import write_json
 from preconcert.training.league import League, check_scripts, gather, learners_of
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
@@ -564,16 +565,6 @@ def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig
         log_completions=False,
         ddp_find_unused_parameters=True if world > 1 else None,
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write beside and rename."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 class _Progress(TrainerCallback):

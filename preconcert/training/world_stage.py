@@ -12,7 +12,6 @@ Parts: `mix_world_rows` (for the warm start's fine-tuning), `train_stage`, `load
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from preconcert.core import ConfigError, Env, Episode, derive_seed
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel
 from preconcert.prompts import TurnFormat, WorldFormat
+from preconcert.training.json_file import write_json
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, Policies, ScriptedPolicy, rollout
@@ -194,7 +194,7 @@ def _teach(
         },
         "wall_s": time.perf_counter() - started,
     }
-    _write(folder / REPORT, found)
+    write_json(folder / REPORT, found)
 
 
 def load_world_model(
@@ -322,12 +322,3 @@ class _Progress(TrainerCallback):
         """One step over."""
         last = state.log_history[-1].get("loss_view") if state.log_history else None
         self.reporter.advance(state.global_step, f"view {last:.3f}" if last is not None else "")
-
-
-def _write(path: Path, content: Any) -> None:
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
