@@ -33,9 +33,9 @@ ESTIMATORS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "agent": ("agent-wise", {"grpo.credit": "agent"}),
     "turn": ("turn-level", {"grpo.credit": "turn"}),
     "agent-turn": ("agent × turn", {"grpo.credit": "agent-turn"}),
-    "ppo-central": ("PPO, central critic", {**_PPO, "critic.context": "central"}),
+    "ppo-central": ("PPO, central critic", {**_PPO, "critic.context": "agent-central"}),
     "ppo-own": ("PPO, own-context critic", {**_PPO, "critic.context": "own"}),
-    "ppo-sequential": ("PPO, sequential", {**_PPO, "critic.context": "central", "update.order": "sequential"}),
+    "ppo-sequential": ("PPO, sequential", {**_PPO, "critic.context": "agent-central", "update.order": "sequential"}),
 }
 """Title and overrides by name; `global` is what the others are held against."""
 ADAPTERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
