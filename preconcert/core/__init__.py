@@ -21,7 +21,7 @@ from preconcert.core.errors import (
 from preconcert.core.foresight import ImaginedStep, Judgement, Outcome, Planner, WorldModel
 from preconcert.core.intention import Forecast, Intention
 from preconcert.core.language import Slot, TaskLanguage, Truth
-from preconcert.core.message import Message
+from preconcert.core.message import Delivery, Fate, Latent, Message
 from preconcert.core.observation import Observation, StepResult
 from preconcert.core.protocols import Codec, Env, Player, Policy, TurnRequest
 from preconcert.core.rehearsal import Rehearsing
@@ -38,10 +38,11 @@ from preconcert.core.turn import Decision, Span, SpanKind, Turn
 from preconcert.core.view import View, ViewField
 
 __all__ = [
-    "Candidate", "Codec", "ConfigError", "Decision", "Env", "EnvError", "Episode", "Forecast", "GateError",
-    "GrammarError", "ImaginedStep", "Intention", "Judgement", "Message", "ModelError", "Move", "Observation",
-    "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult",
-    "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn",
-    "TurnRequest", "UnknownNameError", "View", "ViewField", "WorldModel", "append_episodes", "derive_seed",
-    "dump_episode", "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",
+    "Candidate", "Codec", "ConfigError", "Decision", "Delivery", "Env", "EnvError", "Episode", "Fate", "Forecast",
+    "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Message", "ModelError", "Move",
+    "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing", "Slot", "Span",
+    "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage", "TrainingError",
+    "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View", "ViewField", "WorldModel",
+    "append_episodes", "derive_seed", "dump_episode", "keep_episodes_before", "load_episodes", "nearest",
+    "parse_episode", "uniforms",
 ]

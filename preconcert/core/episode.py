@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from preconcert.core.message import Delivery
 from preconcert.core.observation import Observation
 from preconcert.core.turn import Turn
 
@@ -59,6 +60,8 @@ class Episode:
     success: bool | None
     states: tuple[str, ...]
     """Global state in words before each step and at the end: steps + 1 entries."""
+    deliveries: tuple[Delivery, ...] = ()
+    """What became of every message, by the time it was sent."""
 
     @property
     def steps(self) -> int:

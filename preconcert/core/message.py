@@ -1,8 +1,19 @@
-"""What agents send each other."""
+"""What agents send each other, and what became of it on its way."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """A message in numbers: a few short vectors, read by the receiver in the place of words."""
+
+    values: tuple[tuple[float, ...], ...]
+    """Tokens × dimensions, as they were sent: quantised where `levels` says so."""
+    levels: tuple[int, ...] = ()
+    """How many values each dimension can take; empty where it is any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,10 +23,48 @@ class Message:
     sender: str
     recipients: tuple[str, ...]
     payload: str
-    """The words, separated by single spaces."""
+    """The words, separated by single spaces; for a latent message a placeholder for each of its vectors."""
     bits: float
     """Length in bits: the negative log2 probability of the sampled words under the sender's own model."""
     tokens: int
     """Number of tokens in the payload."""
     sent_at: int
     """Environment step in which it was written."""
+    word_bits: tuple[float, ...] = ()
+    """Length of each word without any model: log2 of how many words could have stood there. One more entry than words
+    where the end of the message was a choice, too; empty where nothing of it is known."""
+    latent: Latent | None = None
+
+    @property
+    def raw_bits(self) -> float:
+        """Length in bits without any model of what is likely."""
+        return sum(self.word_bits)
+
+
+class Fate(StrEnum):
+    """What became of a message on its way to one recipient."""
+
+    ARRIVED = "arrived"
+    ERASED = "erased"
+    """Lost by chance."""
+    CAPPED = "capped"
+    """Not sent: its sender had no bits left."""
+    LATE = "late"
+    """Still under way when the episode ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message and one recipient."""
+
+    sender: str
+    recipient: str
+    sent_at: int
+    """Environment step in which it was written."""
+    fate: Fate
+    arrived_at: int | None = None
+    """Environment step from which on the recipient has it; None if it never arrived."""
+    bits: float = 0.0
+    """What went into the channel, in bits without any model (`Message.raw_bits`), after truncation."""
+    changed: bool = False
+    """Does what arrived differ from what was written (truncated, substituted, noisy, or another's)?"""
