@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+
+FLOAT_BITS = 32
+"""Width of a number that is not quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +16,16 @@ class Latent:
 
     values: tuple[tuple[float, ...], ...]
     """Tokens × dimensions, as they were sent: quantised where `levels` says so."""
-    levels: tuple[int, ...] = ()
-    """How many values each dimension can take; empty where it is any number."""
+    levels: int = 0
+    """How many values each number can take; 0 where it is any number."""
+    drawn: tuple[tuple[float, ...], ...] = ()
+    """What the sender drew from its Gaussian, before it was bounded and quantised; empty where nothing was drawn."""
+
+    @property
+    def bits(self) -> float:
+        """What it takes to send it: a quantised number log2(levels), any other its full width of 32 bits."""
+        numbers = sum(len(vector) for vector in self.values)
+        return numbers * (math.log2(self.levels) if self.levels else FLOAT_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +50,7 @@ class Message:
     @property
     def raw_bits(self) -> float:
         """Length in bits without any model of what is likely."""
-        return sum(self.word_bits)
+        return sum(self.word_bits) if self.latent is None else self.latent.bits
 
 
 class Fate(StrEnum):
