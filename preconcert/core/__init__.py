@@ -7,6 +7,7 @@ does, as sampled tokens); finished play is an `Episode` of `Trajectory` by agent
 from preconcert.core.candidate import Candidate, Move
 from preconcert.core.episode import Episode, StopReason, Trajectory
 from preconcert.core.errors import (
+    CodingError,
     ConfigError,
     EnvError,
     GateError,
@@ -38,11 +39,11 @@ from preconcert.core.turn import Decision, Span, SpanKind, Turn
 from preconcert.core.view import View, ViewField
 
 __all__ = [
-    "Candidate", "Codec", "ConfigError", "Decision", "Delivery", "Env", "EnvError", "Episode", "Fate", "Forecast",
-    "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Message", "ModelError", "Move",
-    "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing", "Slot", "Span",
-    "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage", "TrainingError",
-    "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View", "ViewField", "WorldModel",
-    "append_episodes", "derive_seed", "dump_episode", "keep_episodes_before", "load_episodes", "nearest",
+    "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "Env", "EnvError", "Episode", "Fate",
+    "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Message",
+    "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing",
+    "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage",
+    "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View", "ViewField",
+    "WorldModel", "append_episodes", "derive_seed", "dump_episode", "keep_episodes_before", "load_episodes", "nearest",
     "parse_episode", "uniforms",
 ]

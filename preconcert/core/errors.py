@@ -37,6 +37,10 @@ class ModelError(PreconcertError):
     """A language model, an adapter or a tokenizer cannot be loaded or used."""
 
 
+class CodingError(PreconcertError):
+    """Bits that are no code of a message, or symbols that cannot be coded."""
+
+
 class StoreError(PreconcertError):
     """Saved episodes or runs that cannot be read."""
 
