@@ -54,6 +54,15 @@ class Env(Protocol):
 
 
 @runtime_checkable
+class Located(Protocol):
+    """An environment whose agents are somewhere; only then can messages go to the nearest."""
+
+    def positions(self) -> Mapping[str, tuple[int, ...]]:
+        """Where every agent is now, e.g. (row, column)."""
+        ...
+
+
+@runtime_checkable
 class Player(Protocol):
     """A program that plays one agent of one task."""
 

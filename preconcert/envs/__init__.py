@@ -16,12 +16,14 @@ from preconcert.envs.registry import make_env, register, task_class, tasks
 from preconcert.envs.rendezvous import Rendezvous, RendezvousParams
 from preconcert.envs.repeated_rps import RepeatedRps, RepeatedRpsParams
 from preconcert.envs.signal import Signal, SignalParams
+from preconcert.envs.talk import LISTEN, TALK_ROUNDS, TalkRounds, rounds_of, talking, with_rounds, without_rounds
 from preconcert.envs.task import PLAYERS, SPLITS, Task, TaskParams, Variety, split_of
 
 __all__ = [
-    "PLAYERS", "SPLITS", "BoxPush", "BoxPushParams", "DecisionPoint", "Dilemma", "DilemmaParams", "FromPettingZoo",
-    "Kuhn", "KuhnParams", "Matrix", "MatrixParams", "PettingZooTask", "Pursuit", "PursuitParams", "Rendezvous",
-    "RendezvousParams", "RepeatedRps", "RepeatedRpsParams", "Signal", "SignalParams", "Task", "TaskParams", "Variety",
-    "check_env", "decision_points", "from_pettingzoo", "make_env", "register", "split_of", "task_class", "tasks",
-    "to_pettingzoo",
+    "LISTEN", "PLAYERS", "SPLITS", "TALK_ROUNDS", "BoxPush", "BoxPushParams", "DecisionPoint", "Dilemma",
+    "DilemmaParams", "FromPettingZoo", "Kuhn", "KuhnParams", "Matrix", "MatrixParams", "PettingZooTask", "Pursuit",
+    "PursuitParams", "Rendezvous", "RendezvousParams", "RepeatedRps", "RepeatedRpsParams", "Signal", "SignalParams",
+    "TalkRounds", "Task", "TaskParams", "Variety", "check_env", "decision_points", "from_pettingzoo", "make_env",
+    "register", "rounds_of", "split_of", "talking", "task_class", "tasks", "to_pettingzoo", "with_rounds",
+    "without_rounds",
 ]

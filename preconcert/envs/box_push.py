@@ -196,6 +196,10 @@ class BoxPush(Task[BoxPushParams, _State]):
         """Where an agent is."""
         return self._state.agents[self.agents.index(agent)]
 
+    def positions(self) -> Mapping[str, Cell]:
+        """Every agent's cell."""
+        return dict(zip(self.agents, self._state.agents, strict=True))
+
     def state(self) -> str:
         """Time left, the direction, who knows it, and the cells of box, goal, walls and agents."""
         walls = " ".join(f"wall {row} {column}" for row, column in sorted(self.walls))

@@ -233,6 +233,10 @@ class Pursuit(Task[PursuitParams, _State]):
         """Where an evader is now and will be, if the agents stood still."""
         return path(evader, self.around, steps)
 
+    def positions(self) -> Mapping[str, Cell]:
+        """Every agent's cell."""
+        return dict(zip(self.agents, self._state.agents, strict=True))
+
     def state(self) -> str:
         """Time left, each evader's cell, rule, memory and last moves, the walls and the agents' cells."""
         parts = [f"left {self.horizon - self._step}"]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel
 
 from preconcert.core import ConfigError, Env, UnknownNameError, nearest
+from preconcert.envs.talk import TalkRounds, rounds_of, without_rounds
 from preconcert.envs.task import SPLITS, Task, parse_params
 
 _TASKS: dict[str, type[Task[Any, Any]]] = {}
@@ -49,17 +50,19 @@ def make_env(task: str, params: Mapping[str, Any], seed: int, split: str = "trai
 
     Args:
         task: a built-in name or `module:Class`.
-        params: checked against the class's `Params` where it has one, else handed over as a dict.
+        params: checked against the class's `Params` where it has one, else handed over as a dict. `talk_rounds` is
+            every task's: that many rounds per step, of which the last is the step itself.
         seed: everything random in the instance follows from it.
         split: `train` or `heldout`.
     """
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
     build = cast("Callable[..., Env]", task_class(task))
+    rounds, own = rounds_of(params), without_rounds(params)
     model = getattr(build, "Params", None)
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return build(parse_params(task, model, params), seed, split)
-    return build(dict(params), seed, split)
+    checked = parse_params(task, model, own) if isinstance(model, type) and issubclass(model, BaseModel) else own
+    env = build(checked, seed, split)
+    return env if rounds == 1 else TalkRounds(env, rounds)
 
 
 def _import_class(name: str) -> type[Env]:

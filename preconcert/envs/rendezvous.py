@@ -121,6 +121,10 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
     def state(self) -> str:
         """Time left, the open landmark, who knows it, and every cell."""
         where = " ".join(
+    def positions(self) -> Mapping[str, Cell]:
+        """Every agent's cell."""
+        return dict(zip(self.agents, self._state, strict=True))
+
             f"{agent} {row} {column}" for agent, (row, column) in zip(self.agents, self._state, strict=True)
         )
         known = f"open {self.open} informed {self.informed}"

@@ -6,7 +6,10 @@ cross-entropy that keeps `intend` and `foresee` true under reinforcement learnin
 
 from __future__ import annotations
 
-from preconcert.core import ConfigError, Episode, SpanKind, TaskLanguage, Truth
+from collections.abc import Sequence
+
+from preconcert.core import ConfigError, Episode, SpanKind, TaskLanguage, Truth, Turn
+from preconcert.envs import talking
 from preconcert.prompts import END_OF_PLAY, SpanSettings, TurnContent
 
 
@@ -44,8 +47,9 @@ def hindsight_content(
         said = turn.message.payload.split() if turn.message is not None else []
         if len(said) != len(language.message):
             said = [slot.choices[-1] for slot in language.message]
+        following = next_own_action(mine.turns, index)
         message = tuple(
-            mine.turns[index + 1].action if slot.truth is Truth.OWN_NEXT_ACTION and not last else word
+            following if slot.truth is Truth.OWN_NEXT_ACTION and following is not None else word
             for slot, word in zip(language.message, said, strict=True)
         )
     foresee = spans.foresee
@@ -57,6 +61,11 @@ def hindsight_content(
         done=("yes" if last else "no") if foresee and language.rewards else None,
         message=message,
     )
+
+
+def next_own_action(turns: Sequence[Turn], index: int) -> str | None:
+    """What an agent does after a turn, rounds of talk left out; None in its last turn."""
+    return next((turn.action for turn in turns[index + 1 :] if not talking(turn.observation)), None)
 
 
 def reward_word(reward: float, language: TaskLanguage) -> str:

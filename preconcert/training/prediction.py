@@ -23,7 +23,7 @@ from preconcert.core import Episode, Span, SpanKind, TaskLanguage, TrainingError
 from preconcert.prompts import END_OF_PLAY
 from preconcert.training.credit import Guess, Kind, Outlook, TurnKey, guess_advantages, outlook_advantages
 from preconcert.training.credit.estimator import EPSILON
-from preconcert.training.hindsight import true_slots
+from preconcert.training.hindsight import next_own_action, true_slots
 from preconcert.training.rows import Row
 
 
@@ -105,10 +105,10 @@ def _guesses(episode: Episode, key: TurnKey, turn: Turn) -> list[Guess]:
 def _announcements(episode: Episode, key: TurnKey, turn: Turn, language: TaskLanguage) -> list[Guess]:
     """Announced actions of one's own; what is announced in the last turn cannot be checked."""
     mine = episode.trajectories[key.agent].turns
-    if key.index + 1 == len(mine) or turn.message is None:
+    real = next_own_action(mine, key.index)
+    if real is None or turn.message is None:
         return []
     said = dict(zip((slot.name for slot in language.message), turn.message.payload.split(), strict=True))
-    real = mine[key.index + 1].action
     announced = true_slots(language)
     return [
         _guess(episode, key, turn, span, Kind.ANNOUNCEMENT, 1, said[span.slot], real, None)
