@@ -24,7 +24,7 @@ from preconcert.core.intention import Forecast, Intention
 from preconcert.core.language import Slot, TaskLanguage, Truth
 from preconcert.core.message import Delivery, Fate, Latent, Message
 from preconcert.core.observation import Observation, StepResult
-from preconcert.core.protocols import Codec, Env, Player, Policy, TurnRequest
+from preconcert.core.protocols import Codec, Env, Located, Player, Policy, TurnRequest
 from preconcert.core.rehearsal import Rehearsing
 from preconcert.core.seeds import derive_seed, uniforms
 from preconcert.core.store import (
@@ -40,7 +40,7 @@ from preconcert.core.view import View, ViewField
 
 __all__ = [
     "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "Env", "EnvError", "Episode", "Fate",
-    "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Message",
+    "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Located", "Message",
     "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing",
     "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage",
     "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View", "ViewField",
