@@ -16,9 +16,13 @@ from preconcert.models.language_model import (
     CompletionEnd,
     GenerateRequest,
     LanguageModel,
+    LatentModel,
+    Placed,
     ScoreRequest,
+    SpeakRequest,
     Watched,
 )
+from preconcert.models.latents import Fill, Fills, LatentCodec, LatentMethod, LatentSettings, quantised
 from preconcert.models.loading import check_model_name, load_checkpoint
 from preconcert.models.routing import AdapterRoute, route_rows
 from preconcert.models.starter import StarterSettings, build_starter
@@ -32,10 +36,18 @@ __all__ = [
     "Completion",
     "CompletionEnd",
     "ConstrainedOutput",
+    "Fill",
+    "Fills",
     "GenerateRequest",
     "LanguageModel",
+    "LatentCodec",
+    "LatentMethod",
+    "LatentModel",
+    "LatentSettings",
     "LoraSettings",
+    "Placed",
     "ScoreRequest",
+    "SpeakRequest",
     "StarterSettings",
     "TransformersModel",
     "Watched",
@@ -46,5 +58,6 @@ __all__ = [
     "constrained_logprobs",
     "grammar_table",
     "load_checkpoint",
+    "quantised",
     "route_rows",
 ]

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -119,8 +120,14 @@ class Adapters:
             raise
         self._write(name, state)
 
-    def save(self, name: str, path: Path) -> None:
-        """Write an adapter folder beside its place and rename it."""
+    def save(self, name: str, path: Path, more: Callable[[Path], None] | None = None) -> None:
+        """Write an adapter folder beside its place and rename it.
+
+        Args:
+            name: the adapter's.
+            path: the folder; one that is there is replaced.
+            more: writes further files into the folder before it is renamed.
+        """
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.parameters(name).items()}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +139,8 @@ class Adapters:
             config.base_model_name_or_path = getattr(self.base, "name_or_path", None) or None
             config.inference_mode = True
             config.save_pretrained(str(beside))
+            if more is not None:
+                more(beside)
             beside.chmod(0o755)
             if path.exists():
                 shutil.rmtree(path)

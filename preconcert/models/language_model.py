@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from preconcert.core import Latent
 from preconcert.prompts.automaton import Automaton
 
 
@@ -24,6 +25,15 @@ class CompletionEnd(StrEnum):
     """The model sampled the end-of-sequence token (unconstrained sampling)."""
     LENGTH = "length"
     """`max_tokens` was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A latent message in a prompt: its vectors stand in the place of as many tokens."""
+
+    start: int
+    """The first of them."""
+    latent: Latent
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,8 @@ class GenerateRequest:
     watch: frozenset[int] = frozenset()
     """States of the automaton in which the whole distribution is reported, where the completion passes through them
     and they leave a choice."""
+    latents: tuple[Placed, ...] = ()
+    """Latent messages in the prompt, read by the adapter's codec; not together with a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,8 @@ class ScoreRequest:
     adapter: str | None = None
     automaton: Automaton | None = None
     """With one, probabilities are taken among the tokens that it allows; the completion must follow it."""
+    latents: tuple[Placed, ...] = ()
+    """Latent messages in the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +110,35 @@ class ChoiceRequest:
     options: tuple[tuple[int, ...], ...]
     """At least one; none empty, no two equal."""
     adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeakRequest:
+    """A text to send a latent message about."""
+
+    ids: tuple[int, ...]
+    """Everything the sender has read and written."""
+    adapter: str
+    """Whose weights and codec write it."""
+    seed: int
+    """What is drawn follows from it, whatever else is in the batch."""
+    temperature: float = 1.0
+    """0 sends the mean of the codec's Gaussian; otherwise its deviation is multiplied by this."""
+    latents: tuple[Placed, ...] = ()
+    """Latent messages in `ids`."""
+
+
+@runtime_checkable
+class LatentModel(Protocol):
+    """A language model whose adapters also write and read latent messages. Not every backend can."""
+
+    def speak(self, requests: Sequence[SpeakRequest]) -> list[Latent]:
+        """One latent message per request, all in one batch.
+
+        Raises:
+            ModelError: an adapter without a codec, an empty text, or a context longer than the model takes.
+        """
+        ...
 
 
 @runtime_checkable

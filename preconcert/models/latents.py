@@ -1,8 +1,8 @@
 """Latent messages: a few vectors that a model writes about what it has read, and another reads in the place of words.
 
-Parts: `LatentSettings` (their shape), `LatentCodec` (queries and projections of one adapter), `quantised` (finite scalar
-quantisation, arXiv 2309.15505), `Fills` (vectors put in the place of embeddings during a forward pass) and
-`aligned_steps` (the training-free baseline, after LatentMAS, arXiv 2511.20639).
+Parts: `LatentSettings` (their shape), `LatentCodec` (queries and projections of one adapter), `quantised` (finite
+scalar quantisation), `Fills` (vectors put in the place of embeddings during a forward pass), `alignment` and `aligned`
+(the training-free baseline after LatentMAS, arXiv 2511.20639). `speech.py` writes and reads messages with them.
 
 A sender appends its learned queries to what it has read and written; the last hidden states there become k × d numbers
 (slots that read a text, after ICAE, arXiv 2307.06945). They are bounded and quantised, so that their bits are honest,
@@ -96,6 +96,8 @@ class LatentCodec(nn.Module):
             return nn.Parameter(torch.randn(shape, generator=generator) * std)
 
         k, d = settings.tokens, settings.dims
+        if settings.method is LatentMethod.ALIGNED:
+            return
         self.queries = normal(k, width, std=scale)
         self.out_in = normal(width, width, std=width**-0.5)
         self.out_bias = nn.Parameter(torch.zeros(width))

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from preconcert.models.language_model import GenerateRequest
+from preconcert.models.language_model import GenerateRequest, Placed
 from preconcert.models.routing import AdapterRoute, route_rows
 from preconcert.models.row_cache import RowCache
 
@@ -45,11 +47,15 @@ class Body:
         return cache.feed(self.base.base_model, tokens, counts)
 
 
+FillsOf = Callable[[Sequence[str | None], Sequence[tuple[Placed, ...]]], AbstractContextManager[Any]]
+"""`fills_of(adapters, latents)`: held while rows with latent messages are read from their first token on."""
+
+
 class PlainReader:
     """Reads prompts without sessions: equal prompts once; finished rows are dropped when they are half of all."""
 
-    def __init__(self, body: Body, requests: Sequence[GenerateRequest]) -> None:
-        self.body, self.requests = body, requests
+    def __init__(self, body: Body, requests: Sequence[GenerateRequest], fills_of: FillsOf) -> None:
+        self.body, self.requests, self.fills_of = body, requests, fills_of
         self.cache: RowCache | None = None
         self.live: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         """The request that each row of the cache belongs to."""
@@ -74,14 +80,19 @@ class PlainReader:
 
     def _prefill(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> Tensor:
         wanted = [
-            (self.requests[row].adapter, self.requests[row].prompt_ids + tuple(chain[:count]))
+            (
+                self.requests[row].adapter,
+                self.requests[row].prompt_ids + tuple(chain[:count]),
+                self.requests[row].latents,
+            )
             for row, chain, count in zip(rows, tokens.tolist(), counts, strict=True)
         ]
         unique = {key: place for place, key in enumerate(dict.fromkeys(wanted))}
-        block, lengths = block_of([ids for _, ids in unique])
+        block, lengths = block_of([ids for _, ids, _ in unique])
         self.body.prefill_tokens += int(lengths.sum())
         self.cache = self.body.new_cache(len(unique))
-        with route_rows(self.body.base, [adapter for adapter, _ in unique]):
+        adapters = [adapter for adapter, _, _ in unique]
+        with route_rows(self.body.base, adapters), self.fills_of(adapters, [held for _, _, held in unique]):
             hidden = last_of(self.body.feed(self.cache, block, lengths), lengths)
         self._settle(rows)
         places = np.array([unique[key] for key in wanted], dtype=np.int64)

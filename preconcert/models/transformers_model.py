@@ -7,27 +7,37 @@ mixes adapters in `routing.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from preconcert.core import ModelError
+from preconcert.core import Latent, ModelError
 from preconcert.models.adapters import Adapters, LoraSettings
 from preconcert.models.constrained import UNCONSTRAINED, UNSCORED, constrained_logprobs, grammar_table, head_scale
 from preconcert.models.decoding import Head, Writing, write
-from preconcert.models.language_model import ChoiceRequest, Completion, GenerateRequest, ScoreRequest
+from preconcert.models.language_model import (
+    ChoiceRequest,
+    Completion,
+    GenerateRequest,
+    ScoreRequest,
+    SpeakRequest,
+)
+from preconcert.models.latents import LatentCodec, LatentSettings
 from preconcert.models.loading import load_checkpoint
+from preconcert.models.next_token import NextRequest, next_logprobs, rows_of
 from preconcert.models.reading import Body, PlainReader, SessionReader, block_of, last_of
 from preconcert.models.routing import route_rows
 from preconcert.models.sessions import Sessions
+from preconcert.models.speech import Speech
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _SCORED_TOKENS = 4096
@@ -66,6 +76,7 @@ class TransformersModel:
         self._adapters = Adapters(base_model, lora)
         self._body = Body(base_model, window)
         self._sessions = Sessions()
+        self._speech = Speech(base_model, self._body)
 
     @classmethod
     def load(
@@ -117,6 +128,8 @@ class TransformersModel:
             ModelError: the name is taken or unusable, or the source is unknown.
         """
         self._adapters.add(name, seed, source)
+        if source is not None and source in self.codecs:
+            self._speech.add(name, self.codecs[source].settings, seed, source)
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Read an adapter folder in peft's format, replacing one of the same name.
@@ -125,10 +138,11 @@ class TransformersModel:
             ModelError: the folder is missing or corrupt, or made for another architecture.
         """
         self._adapters.load(name, path)
+        self._speech.load(name, Path(path))
 
     def save_adapter(self, name: str, path: Path) -> None:
         """Write an adapter folder in peft's format; written beside and renamed."""
-        self._adapters.save(name, path)
+        self._adapters.save(name, path, lambda folder: self._speech.save(name, folder))
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter.
@@ -137,10 +151,12 @@ class TransformersModel:
             ModelError: there is no such adapter.
         """
         self._adapters.delete(name)
+        self._speech.remove(name)
         self.drop_sessions()
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The tensors of one adapter by their name in peft's files; what an optimizer gets."""
+        """The low-rank tensors of one adapter by their name in peft's files; what an optimizer gets. Those of its codec
+        are `codecs[name].parameters()`."""
         return self._adapters.parameters(name)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -156,6 +172,8 @@ class TransformersModel:
             self._check(request, len(request.prompt_ids) + new)
             if not 0 <= request.temperature < float("inf"):
                 raise ModelError(f"temperature {request.temperature} is not a number from 0 up")
+            if request.latents and request.session is not None:
+                raise ModelError("latent messages are not read in sessions: use context=turn")
         named = [request.session for request in requests if request.session is not None]
         if len(set(named)) != len(named):
             raise ModelError("a session appears twice in one call")
@@ -219,6 +237,45 @@ class TransformersModel:
             answers[index] = tuple((sums - np.logaddexp.reduce(sums)).tolist())
         return [answers[index] for index in range(len(requests))]
 
+    def speak(self, requests: Sequence[SpeakRequest]) -> list[Latent]:
+        """One latent message per request, written by the adapters' codecs.
+
+        Raises:
+            ModelError: an adapter without a codec, an empty text, or a context longer than the model takes.
+        """
+        for request in requests:
+            self._check(request, len(request.ids) + self._speech.codec(request.adapter).settings.tokens)
+        answers: dict[int, Latent] = {}
+        with self._inference():
+            for chunk in self._chunks(requests):
+                answers.update(zip(chunk, self._speech.speak([requests[index] for index in chunk]), strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    @property
+    def codecs(self) -> Mapping[str, LatentCodec]:
+        """How adapters write and read latent messages, by name; those without are not here."""
+        return self._speech.codecs
+
+    def add_codec(self, adapter: str, settings: LatentSettings, seed: int, source: str | None = None) -> None:
+        """Give an adapter a codec for latent messages: a fresh one, or a copy of another adapter's.
+
+        Raises:
+            ModelError: there is no such adapter, it has one already, or the source has none.
+        """
+        self._adapters.check(adapter)
+        self._speech.add(adapter, settings, seed, source)
+
+    def next_logprobs(self, requests: Sequence[NextRequest]) -> list[NDArray[np.float64]]:
+        """Natural log-probabilities of each request's next token; the same bits whatever else is in the call.
+
+        Raises:
+            ModelError: an unknown adapter, an empty prompt or choice, or a context longer than the model takes.
+        """
+        for request in requests:
+            self._check(request, len(request.prompt_ids) + 1)
+        with self._inference():
+            return next_logprobs(self.base, self._head(), rows_of(self.base), requests)
+
     def close_session(self, session: str) -> None:
         """Drop what is cached for a session; unknown names are ignored."""
         self._sessions.close(session)
@@ -231,7 +288,7 @@ class TransformersModel:
         writing = Writing(requests, self._eos_ids())
         reader: PlainReader | SessionReader
         if requests[0].session is None:
-            reader = PlainReader(self._body, requests)
+            reader = PlainReader(self._body, requests, self._speech.fills)
         else:
             reader = SessionReader(self._body, requests, *self._sessions.take(requests, self._body.new_cache))
         try:
@@ -248,7 +305,9 @@ class TransformersModel:
         if width == 0:
             return [() for _ in requests]
         block, lengths = block_of([request.prompt_ids + request.completion_ids for request in requests])
-        with route_rows(self.base, [request.adapter for request in requests]):
+        adapters = [request.adapter for request in requests]
+        fills = self._speech.fills(adapters, [request.latents for request in requests])
+        with route_rows(self.base, adapters), fills:
             hidden = self._body.feed(self._body.new_cache(len(requests)), block, lengths)
         automatons = list({id(r.automaton): r.automaton for r in requests if r.automaton is not None}.values())
         tokens, allowed, starts = grammar_table(automatons)
@@ -304,7 +363,8 @@ class TransformersModel:
         return answers
 
     def _chunks(
-        self, requests: Sequence[GenerateRequest] | Sequence[ScoreRequest] | Sequence[ChoiceRequest]
+        self,
+        requests: Sequence[GenerateRequest] | Sequence[ScoreRequest] | Sequence[ChoiceRequest] | Sequence[SpeakRequest],
     ) -> Iterator[list[int]]:
         """Indices of at most `max_rows` requests, those with sessions apart, the same adapter's side by side."""
         rank: dict[str | None, int] = {name: number for number, name in enumerate((None, *self.adapters))}
@@ -327,8 +387,8 @@ class TransformersModel:
                 found.update([value] if isinstance(value, int) else value)
         return sorted(found)
 
-    def _check(self, request: GenerateRequest | ScoreRequest | ChoiceRequest, tokens: int) -> None:
-        if not request.prompt_ids:
+    def _check(self, request: GenerateRequest | ScoreRequest | ChoiceRequest | SpeakRequest, tokens: int) -> None:
+        if not (request.ids if isinstance(request, SpeakRequest) else request.prompt_ids):
             raise ModelError("empty prompt: there is nothing to continue")
         if request.adapter is not None:
             self._adapters.check(request.adapter)
