@@ -25,6 +25,7 @@ from preconcert.models.language_model import (
     LanguageModel,
     ScoreRequest,
 )
+from preconcert.models.next_token import NextRequest, NextTokenModel
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
 
 _FRESH, _FIRST, _SECOND, _COPY, _BACK = "check-fresh", "check-first", "check-second", "check-copy", "check-back"
@@ -67,6 +68,8 @@ def check_backend(model: LanguageModel, words: Sequence[str], seed: int = 0) -> 
                 ("the end of a completion is what it says", check.ends),
                 ("sessions change nothing", check.sessions),
             ]
+            if isinstance(model, NextTokenModel):
+                rules.append(("the next token is what score says, the same bits in every call", check.next_tokens))
             for rule, run in rules:
                 try:
                     run()
@@ -294,6 +297,35 @@ class _Check:
         for number in range(9):
             self.model.close_session(f"check-{number}")
         self.model.close_session("check-nobody")
+
+    def next_tokens(self) -> None:
+        assert isinstance(self.model, NextTokenModel)
+        some = tuple(dict.fromkeys(ids[0] for ids in self.texts))
+        prompts = [self.request(number) for number in range(18)]
+        # Longer and shorter ones in between, so that rows change places and company.
+        requests = [
+            NextRequest(one.prompt_ids * (1 + number % 3), one.adapter, (None, some, some[:2])[number // 3 % 3])
+            for number, one in enumerate(prompts)
+        ]
+        whole = self.model.next_logprobs(requests)
+        parts = [self.model.next_logprobs(requests[::-1])[::-1], [self.model.next_logprobs([r])[0] for r in requests]]
+        if not all(np.array_equal(one, other) for part in parts for one, other in zip(whole, part, strict=True)):
+            raise _BrokenError("another call gave other bits")
+        asked: list[ScoreRequest] = []
+        for request in requests:
+            grammar = None
+            if request.tokens is not None:
+                builder = AutomatonBuilder()
+                builder.choice([(token,) for token in request.tokens])
+                grammar = builder.build()
+            asked += [ScoreRequest(request.prompt_ids, (token,), request.adapter, grammar) for token in some[:2]]
+        scores = [logprobs[0] for logprobs in self.model.score(asked)]
+        found = [
+            float(row[token if request.tokens is None else request.tokens.index(token)])
+            for request, row in zip(requests, whole, strict=True)
+            for token in some[:2]
+        ]
+        _close(prompts[0], found, scores)
 
     def equal(self, one: list[GenerateRequest], other: list[GenerateRequest]) -> None:
         self.same(one, self.model.generate(one), self.model.generate(other))

@@ -62,7 +62,7 @@ def assert_same(model: TransformersModel, requests: list[GenerateRequest]) -> No
 def test_contract(checkpoint: Callable[[str], Path], kind: str) -> None:
     model = TransformersModel.load(checkpoint(kind))
     assert isinstance(model, LanguageModel)
-    assert len(check_backend(model, WORDS)) == 14
+    assert len(check_backend(model, WORDS)) == 15
     assert model.adapters == ()
     assert model.model is model.base
 
