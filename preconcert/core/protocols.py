@@ -53,7 +53,6 @@ class Env(Protocol):
         ...
 
 
-@runtime_checkable
 class Located(Protocol):
     """An environment whose agents are somewhere; only then can messages go to the nearest."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from preconcert.agents import ChannelSettings, TextChannel
+from preconcert.agents import Channel, ChannelSettings
 from preconcert.core import Episode, StopReason, derive_seed
 from preconcert.envs import make_env
 from preconcert.training.credit import Follow, RewardSettings, Score, ledger_of
@@ -27,6 +27,7 @@ from preconcert.training.rollout import (
     Running,
     begin,
     carry_out,
+    delivered,
     fork,
     joint_turns,
     play_out,
@@ -90,8 +91,8 @@ def branch(
         EnvError: an environment broke its protocol.
         ConfigError: a policy cannot fork.
     """
-    lines = {name: _Line(state, name) for name, state in begin(specs).items()}
-    talk = TextChannel(channel, derive_seed(seed, "rollout"))
+    lines = {name: _Line(state, name) for name, state in begin(specs, channel).items()}
+    talk = Channel(channel, derive_seed(seed, "rollout"))
     records: dict[str, list[Episode]] = {name: [] for name in lines}
     finished: dict[str, Episode] = {}
     step = 0
@@ -108,7 +109,8 @@ def branch(
         if score is Score.ROLLOUT:
             ends |= _continued({n: s for n, s in live.items() if n not in ended}, policies, talk, seed, step + 1)
         else:
-            ends |= {n: record(s, policies, StopReason.CUT, None) for n, s in live.items() if n not in ended}
+            cut = {n: record(s, policies, StopReason.CUT, None) for n, s in live.items() if n not in ended}
+            ends |= {n: replace(e, deliveries=delivered(e.trajectories, talk, n)) for n, e in cut.items()}
         scores = scored([ends[name] for names in here.values() for name in names], rewards)
         by_name = dict(zip((name for names in here.values() for name in names), scores, strict=True))
         for name, line in list(lines.items()):
@@ -117,13 +119,15 @@ def branch(
             ]
             chosen = here[name][select([by_name[branched] for branched in here[name]], follow)]
             _follow(line.played, live[chosen])
+            if chosen in ended:
+                end = next(iter(ended[chosen].trajectories.values())).stop_reason
+                whole = record(line.played, policies, end, ended[chosen].success)
+                finished[name] = replace(whole, deliveries=delivered(whole.trajectories, talk, chosen))
             for other in (line.holder, *here[name]):
                 if other != chosen or chosen in ended:
                     release(other, talk, policies)
             line.holder = chosen
             if chosen in ended:
-                end = next(iter(ended[chosen].trajectories.values())).stop_reason
-                finished[name] = record(line.played, policies, end, ended[chosen].success)
                 del lines[name]
         step += 1
     return Branched(
@@ -165,7 +169,7 @@ def _copy(state: Running, fresh: bool = False) -> Running:
 
 
 def _continued(
-    branches: Mapping[str, Running], policies: Policies, talk: TextChannel, seed: int, step: int
+    branches: Mapping[str, Running], policies: Policies, talk: Channel, seed: int, step: int
 ) -> dict[str, Episode]:
     """How each branch ends, played in copies: the branches themselves stay where they are."""
     ahead: dict[str, Running] = {}

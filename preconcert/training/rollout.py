@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from preconcert.agents import ChannelSettings, TextChannel
+from preconcert.agents import Channel, ChannelSettings
+from preconcert.agents.channel import Scene, check_topology, positions_of, slot_bits
 from preconcert.core import (
     ConfigError,
     Decision,
+    Delivery,
     Env,
     EnvError,
     Episode,
     Message,
     Observation,
     Policy,
+    Slot,
     StopReason,
     Trajectory,
     Turn,
@@ -31,7 +34,7 @@ from preconcert.core import (
     UnknownNameError,
     derive_seed,
 )
-from preconcert.envs import make_env
+from preconcert.envs import make_env, rounds_of, with_rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class ScriptedPolicy:
                 bits=0.0,
                 tokens=len(decision.message.split()),
                 sent_at=request.observation.step,
+                word_bits=slot_bits(decision.message.split(), request.language.message) or (),
             )
         return Turn(
             agent=request.agent,
@@ -190,19 +194,23 @@ def rollout(
     Raises:
         EnvError: an environment broke its protocol.
     """
-    live = begin(specs)
-    talk = TextChannel(channel, derive_seed(seed, "rollout"))
+    live = begin(specs, channel)
+    talk = Channel(channel, derive_seed(seed, "rollout"))
     finished = play_out(live, policies, talk, seed, on_step=on_step)
     return [finished[spec.name] for spec in specs]
 
 
-def begin(specs: Sequence[EpisodeSpec]) -> dict[str, Running]:
+def begin(specs: Sequence[EpisodeSpec], channel: ChannelSettings) -> dict[str, Running]:
     """Episodes at their first view, by name.
 
+    Args:
+        specs: what to play. Where the channel has rounds of talk and a spec says nothing about them, it gets them.
+        channel: how messages travel.
+
     Raises:
-        ConfigError: two are the same.
+        ConfigError: two are the same, or the channel does not fit a task.
     """
-    live = {spec.name: _start(spec) for spec in specs}
+    live = {spec.name: _start(spec, channel) for spec in specs}
     if len(live) != len(specs):
         raise ConfigError(f"{len(specs)} episodes were asked for, {len(live)} of them different")
     return live
@@ -211,7 +219,7 @@ def begin(specs: Sequence[EpisodeSpec]) -> dict[str, Running]:
 def play_out(
     live: dict[str, Running],
     policies: Policies,
-    talk: TextChannel,
+    talk: Channel,
     seed: int,
     step: int = 0,
     on_step: Callable[[int, int], None] | None = None,
@@ -245,7 +253,7 @@ def play_out(
 
 
 def joint_turns(
-    live: Mapping[str, Running], talk: TextChannel, policies: Policies, seed: int
+    live: Mapping[str, Running], talk: Channel, policies: Policies, seed: int
 ) -> dict[str, dict[str, Turn]]:
     """One turn of every agent of every running episode, by episode and agent, from one call per policy."""
     return _decide(_requests(live, talk, seed), policies)
@@ -254,7 +262,7 @@ def joint_turns(
 def carry_out(
     live: Mapping[str, Running],
     turns: Mapping[str, Mapping[str, Turn]],
-    talk: TextChannel,
+    talk: Channel,
     policies: Policies,
     groups: Mapping[str, str],
     step: int,
@@ -274,24 +282,35 @@ def carry_out(
     """
     ended: dict[str, Episode] = {}
     sent: dict[str, list[Message]] = {}
+    last: dict[str, list[Message]] = {}
     for name, state in live.items():
         episode = _advance(state, turns[name], policies)
+        said = [turn.message for turn in turns[name].values() if turn.message is not None]
         if episode is not None:
             ended[name] = episode
+            last[name] = said
         else:
-            sent[name] = [turn.message for turn in turns[name].values() if turn.message is not None]
-    talk.transmit(sent, groups, step)
-    return ended
+            sent[name] = said
+    scenes = {name: _scene(state, policies) for name, state in live.items()} if talk.settings.looks else None
+    talk.transmit(sent, groups, step, scenes)
+    talk.too_late(last, step, scenes)
+    return {name: replace(e, deliveries=delivered(e.trajectories, talk, name)) for name, e in ended.items()}
 
 
-def release(name: str, talk: TextChannel, policies: Policies) -> None:
+def delivered(trajectories: Mapping[str, Trajectory], talk: Channel, name: str) -> tuple[Delivery, ...]:
+    """What has become of the messages of these turns, which may be the last ones of an episode only."""
+    first = min((each.turns[0].step for each in trajectories.values() if each.turns), default=0)
+    return tuple(each for each in talk.deliveries(name) if each.sent_at >= first)
+
+
+def release(name: str, talk: Channel, policies: Policies) -> None:
     """Let go of what is held for an episode."""
     talk.close(name)
     for policy in _distinct(policies):
         policy.finish(name)
 
 
-def fork(name: str, other: str, talk: TextChannel, policies: Policies) -> None:
+def fork(name: str, other: str, talk: Channel, policies: Policies) -> None:
     """Give another episode the inboxes and the memory of a running one.
 
     Raises:
@@ -308,7 +327,7 @@ def fork(name: str, other: str, talk: TextChannel, policies: Policies) -> None:
 
 
 def record(state: Running, policies: Policies, stop: StopReason, success: bool | None) -> Episode:
-    """What was played, closed.
+    """What was played, closed; without what became of its messages, which the channel knows.
 
     Args:
         state: an episode at its end.
@@ -350,8 +369,14 @@ def _version(policies: Policies, agent: str, player: str | None) -> int:
     return policy.version if version_of is None else int(version_of(player))
 
 
-def _start(spec: EpisodeSpec) -> Running:
+def _start(spec: EpisodeSpec, channel: ChannelSettings) -> Running:
+    rounds = rounds_of(spec.params)
+    if channel.rounds > 1 and channel.rounds != rounds:
+        if rounds > 1:
+            raise ConfigError(f"channel.rounds = {channel.rounds}, and episodes that have {rounds} rounds per step")
+        spec = replace(spec, params=with_rounds(spec.params, channel.rounds))
     env = make_env(spec.task, spec.params, spec.seed, spec.split)
+    check_topology(channel.topology, env, spec.task)
     for agent in spec.cast:
         if agent not in env.agents:
             raise UnknownNameError("agent", agent, env.agents)
@@ -361,7 +386,19 @@ def _start(spec: EpisodeSpec) -> Running:
     return state
 
 
-def _requests(live: Mapping[str, Running], talk: TextChannel, seed: int) -> list[TurnRequest]:
+def _scene(state: Running, policies: Policies) -> Scene:
+    """What the channel may know of a running episode."""
+    slots: dict[str, tuple[Slot, ...]] = {}
+    for agent in state.env.agents:
+        player = state.spec.cast.get(agent)
+        by_script = player is not None and player.startswith(SCRIPT)
+        # A policy whose messages have another form than the task's own says which.
+        own = None if by_script else getattr(_policy_of(policies, agent), "message_slots", None)
+        slots[agent] = state.env.language.message if own is None else own
+    return Scene(slots, positions_of(state.env))
+
+
+def _requests(live: Mapping[str, Running], talk: Channel, seed: int) -> list[TurnRequest]:
     requests: list[TurnRequest] = []
     for name, state in live.items():
         for agent in state.env.agents:

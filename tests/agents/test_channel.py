@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from preconcert.agents import ChannelMode, ChannelSettings, TextChannel
+from preconcert.agents import Channel, ChannelMode, ChannelSettings
 from preconcert.core import Message
 
 
@@ -17,12 +17,12 @@ def say(sender: str, step: int, payload: str, *recipients: str) -> Message:
     return Message(sender, recipients or ("b",), payload, 1.0, 1, step)
 
 
-def heard(channel: TextChannel, episode: str, agent: str) -> dict[str, str]:
+def heard(channel: Channel, episode: str, agent: str) -> dict[str, str]:
     return {message.sender: message.payload for message in channel.inbox(episode, agent)}
 
 
 def test_the_inbox_keeps_the_last_message_of_each_sender() -> None:
-    channel = TextChannel(ChannelSettings(), 0)
+    channel = Channel(ChannelSettings(), 0)
     assert channel.inbox("e", "b") == ()
     channel.transmit({"e": [say("a", 0, "one"), say("c", 0, "two")]}, {"e": "g"}, 0)
     channel.transmit({"e": [say("a", 1, "three")]}, {"e": "g"}, 1)
@@ -35,7 +35,7 @@ def test_the_inbox_keeps_the_last_message_of_each_sender() -> None:
 
 
 def test_off_delivers_nothing() -> None:
-    channel = TextChannel(ChannelSettings(mode=ChannelMode.OFF), 0)
+    channel = Channel(ChannelSettings(mode=ChannelMode.OFF), 0)
     channel.transmit({"e": [say("a", 0, "one")]}, {"e": "g"}, 0)
     assert channel.inbox("e", "b") == ()
 
@@ -49,7 +49,7 @@ def test_off_delivers_nothing() -> None:
 def test_shuffled_messages_never_come_from_the_same_group(
     groups: list[int], talkers: list[list[str]], seed: int
 ) -> None:
-    channel = TextChannel(ChannelSettings(mode=ChannelMode.SHUFFLED), seed)
+    channel = Channel(ChannelSettings(mode=ChannelMode.SHUFFLED), seed)
     names = {f"e{i}": f"g{group}" for i, group in enumerate(groups)}
     for step, senders in enumerate(talkers):
         sent = {e: [say(s, step, f"{names[e]} {s} {step}") for s in senders] for e in names}
@@ -68,7 +68,7 @@ def test_shuffled_messages_never_come_from_the_same_group(
 
 @pytest.mark.parametrize("drop", [0.0, 0.25, 1.0])
 def test_messages_are_lost_at_the_rate_that_was_set(drop: float) -> None:
-    channel = TextChannel(ChannelSettings(drop=drop), 1)
+    channel = Channel(ChannelSettings(drop=drop), 1)
     count = 2000
     for step in range(4):
         episodes = {f"{step}-{i}": "g" for i in range(count // 4)}
@@ -83,7 +83,7 @@ def test_messages_are_lost_at_the_rate_that_was_set(drop: float) -> None:
 
 def test_a_loss_does_not_depend_on_the_company() -> None:
     def run(episodes: Mapping[str, str]) -> dict[str, bool]:
-        channel = TextChannel(ChannelSettings(drop=0.5), 3)
+        channel = Channel(ChannelSettings(drop=0.5), 3)
         channel.transmit({e: [say("a", 0, "one")] for e in episodes}, episodes, 0)
         return {e: bool(channel.inbox(e, "b")) for e in episodes}
 
