@@ -2,7 +2,8 @@
 
 from preconcert.agents.behaviour import Behaviour, behaviour
 from preconcert.agents.channel import Channel, ChannelMode, ChannelSettings
-from preconcert.agents.team import AgentSettings, Context, GenerativeTeam
+from preconcert.agents.codecs import CodecSettings, SlotsSettings, TurnCodec, codec_of
+from preconcert.agents.team import AgentSettings, Context, GenerativeTeam, turn_format_of
 
 __all__ = [
     "AgentSettings",
@@ -10,7 +11,12 @@ __all__ = [
     "Channel",
     "ChannelMode",
     "ChannelSettings",
+    "CodecSettings",
     "Context",
     "GenerativeTeam",
+    "SlotsSettings",
+    "TurnCodec",
     "behaviour",
+    "codec_of",
+    "turn_format_of",
 ]

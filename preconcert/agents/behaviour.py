@@ -46,7 +46,7 @@ def behaviour(team: GenerativeTeam, requests: Sequence[TurnRequest], samples: in
     first = (
         (spans.intend and any(request.others for request in requests))
         or (spans.foresee and bool(team.language.forecast or team.language.rewards))
-        or (spans.say and bool(team.language.message))
+        or bool(spans.say and team.format.speech.slots)
     )
     if team.temperature == 0.0:
         return Behaviour(_sampled(team, requests, 1), None)

@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from preconcert.agents.codecs import CodecSettings, SlotsSettings, TurnCodec, codec_of
 from preconcert.core import (
     Forecast,
     GrammarError,
@@ -46,6 +48,9 @@ class AgentSettings(BaseModel):
 
     spans: SpanSettings = SpanSettings()
     """The parts of a turn."""
+    codec: CodecSettings = SlotsSettings()
+    """What messages are made of: `slots`, `learned`, `raw-state`, `intention` or `latent`, or a mapping with its `type`
+    and settings."""
     context: Context = Context.TURN
     """What the prompt holds. The starter model learns in `turn` only."""
     memory: int = Field(0, ge=0, le=16)
@@ -54,6 +59,17 @@ class AgentSettings(BaseModel):
     """Allow only tokens that the grammar allows, in sampling and in the loss."""
     max_tokens: int = Field(96, ge=1)
     """Tokens per turn at the most, where the grammar does not bound them."""
+
+
+def turn_format_of(tokenizer: Any, settings: AgentSettings, codec: TurnCodec) -> TurnFormat:
+    """The form of an agent's turns and prompts.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        settings: how agents read and write.
+        codec: what their messages are made of.
+    """
+    return TurnFormat(tokenizer, codec.language, settings.spans, settings.memory, codec.speech)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +121,9 @@ class GenerativeTeam:
         self.version = version
         self.versions: dict[str, int] = {}
         """Updates behind adapters that stay as they are, by name; `version` goes for all others."""
-        self.format = TurnFormat(model.tokenizer, language, settings.spans, settings.memory)
+        self.codec = codec_of(settings.codec, language, settings.spans)
+        self.codec.check(tuple(assignment))
+        self.format = turn_format_of(model.tokenizer, settings, self.codec)
         self.language = language
         self.tokens_generated = 0
         """Tokens written so far, forced ones included."""
@@ -251,14 +269,45 @@ class GenerativeTeam:
             spans=spans,
             intentions=_intentions(content, spans, completion, self._intended(request), self.temperature),
             forecast=_forecast(content, self.language),
-            message=_message(content, spans, completion, request),
+            message=self._written(content, spans, completion, request),
             action=action,
             malformed=content is None,
             reward=0.0,
             text=self.format.text(completion.ids),
             adapter=self.adapter_of(request),
         )
-        return turn, after
+        return replace(turn, message=self.message_of(turn)), after
+
+    def message_of(self, turn: Turn) -> Message | None:
+        """What a turn sends, made by the codec.
+
+        Args:
+            turn: as written: its message says to whom it goes, and has the words that it wrote as one, if any.
+        """
+        message = self.codec.encode(turn)
+        if message is None or self.codec.speech.slots:
+            return message
+        return replace(message, tokens=len(self.format.encode(message.payload)))
+
+    def _written(
+        self, content: TurnContent | None, spans: Sequence[Span], completion: Completion, request: TurnRequest
+    ) -> Message | None:
+        """The words that a turn wrote as its message; a blank one where it writes none; None where nobody can hear, or
+        where it should have written some and cannot be read."""
+        if not (self.codec.talks and request.others):
+            return None
+        words = () if content is None else content.message
+        said = [span for span in spans if span.kind is SpanKind.SAY]
+        if self.codec.speech.slots and not said:
+            return None
+        return Message(
+            sender=request.agent,
+            recipients=request.others,
+            payload=" ".join(words),
+            bits=-_logprob(completion, said) / math.log(2.0) + 0.0,
+            tokens=sum(span.end - span.start for span in said[: len(words)]),
+            sent_at=request.observation.step,
+        )
 
 
 def _logprob(completion: Completion, spans: Sequence[Span]) -> float:
@@ -312,20 +361,4 @@ def _forecast(content: TurnContent | None, language: TaskLanguage) -> Forecast |
         dict(zip(names, content.forecast, strict=True)) if content.forecast else {},
         content.reward,
         None if content.done is None else content.done == "yes",
-    )
-
-
-def _message(
-    content: TurnContent | None, spans: Sequence[Span], completion: Completion, request: TurnRequest
-) -> Message | None:
-    if content is None or not content.message or not request.others:
-        return None
-    said = [span for span in spans if span.kind is SpanKind.SAY]
-    return Message(
-        sender=request.agent,
-        recipients=request.others,
-        payload=" ".join(content.message),
-        bits=-_logprob(completion, said) / math.log(2.0) + 0.0,
-        tokens=sum(span.end - span.start for span in said),
-        sent_at=request.observation.step,
     )

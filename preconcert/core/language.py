@@ -27,6 +27,8 @@ class Slot:
     """The words allowed here, each without white space."""
     truth: Truth = Truth.NONE
     """For message slots: whether hindsight knows the right word."""
+    null: str | None = None
+    """The word that says nothing, e.g. `unknown`; None where every word says something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +47,5 @@ class TaskLanguage:
     """The action taken for a turn that cannot be parsed; empty means the first legal one."""
     view: View | None = None
     """What an observation's text consists of; None: words of any kind."""
+    words: tuple[str, ...] = ()
+    """Every word that an observation's text can contain, for tasks without a view. Empty: not known."""

@@ -86,9 +86,9 @@ class BoxPush(Task[BoxPushParams, _State]):
         self.language = TaskLanguage(
             actions=ACTIONS,
             message=(
-                Slot("goal", (*SIDES, "unknown")),
-                Slot("boxrow", maybe),
-                Slot("boxcol", maybe),
+                Slot("goal", (*SIDES, "unknown"), null="unknown"),
+                Slot("boxrow", maybe, null="none"),
+                Slot("boxcol", maybe, null="none"),
                 Slot("next", ACTIONS, Truth.OWN_NEXT_ACTION),
             ),
             forecast=(Slot("row", rows), Slot("col", rows)),

@@ -33,10 +33,11 @@ class BoxPushScript:
         words = observation.text.split()
         size = len(env.language.forecast[0].choices)
         did, here = words[3], (int(words[5]), int(words[7]))
-        heard = [message.payload.split() for message in inbox if len(message.payload.split()) == 4]
+        heard = [message.payload.split() for message in inbox if message.payload]
         own, seen = words[9], _seen_box(words[11:13], here)
         goal = own if own != "unknown" else next((say[0] for say in reversed(heard) if say[0] in SIDES), None)
-        told = next(((int(say[1]), int(say[2])) for say in reversed(heard) if "none" not in say[1:3]), None)
+        places = [say[1:3] for say in reversed(heard) if len(say) > 2 and say[1].isdigit() and say[2].isdigit()]
+        told = (int(places[0][0]), int(places[0][1])) if places else None
         box = seen or told
         walls = {shift(here, side) for side, word in zip(SIDES, words[17:21], strict=True) if word == "wall"}
         beside = words[14:16] == ["v0", "h0"]

@@ -109,8 +109,12 @@ def _check_language(language: TaskLanguage) -> None:
             if not isinstance(slot, Slot):
                 raise EnvError(f"language.{part} must hold Slots, not {slot!r}")
             check_words(f"language.{part} slot {slot.name!r}", slot.choices)
+            if slot.null is not None and slot.null not in slot.choices:
+                raise EnvError(f"language.{part} slot {slot.name!r}: null {slot.null!r} is not in {slot.choices!r}")
     if language.default_action and language.default_action not in language.actions:
         raise EnvError(f"language.default_action {language.default_action!r} is not one of {language.actions!r}")
+    if language.words:
+        check_words("language.words", language.words)
     if language.rewards:
         check_words("language.rewards", language.rewards)
         for word in language.rewards:

@@ -109,9 +109,9 @@ class Pursuit(Task[PursuitParams, _State]):
         self.language = TaskLanguage(
             actions=ACTIONS,
             message=(
-                Slot("preyrow", maybe),
-                Slot("preycol", maybe),
-                Slot("preywent", (*ACTIONS, "none")),
+                Slot("preyrow", maybe, null="none"),
+                Slot("preycol", maybe, null="none"),
+                Slot("preywent", (*ACTIONS, "none"), null="none"),
                 Slot("next", ACTIONS, Truth.OWN_NEXT_ACTION),
             ),
             forecast=tuple(Slot(name, view.fields[view.index(name)].choices) for name in foretold),

@@ -101,7 +101,9 @@ def _told(inbox: Sequence[Message]) -> Cell | None:
     """The cell in the latest message that names one."""
     heard = [message.payload.split() for message in inbox]
     return next((
-        (int(words[0]), int(words[1])) for words in reversed(heard) if len(words) == 4 and "none" not in words[:2]
+        (int(words[0]), int(words[1]))
+        for words in reversed(heard)
+        if len(words) > 1 and words[0].isdigit() and words[1].isdigit()
     ), None)  # fmt: skip
 
 

@@ -62,7 +62,10 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
         rows = tuple(str(row) for row in range(params.size))
         self.language = TaskLanguage(
             actions=ACTIONS,
-            message=(Slot("target", (*self.names, "unknown")), Slot("next", ACTIONS, Truth.OWN_NEXT_ACTION)),
+            message=(
+                Slot("target", (*self.names, "unknown"), null="unknown"),
+                Slot("next", ACTIONS, Truth.OWN_NEXT_ACTION),
+            ),
             forecast=(Slot("row", rows), Slot("col", rows)),
             rewards=("0", "1"),
             default_action="stay",
@@ -118,13 +121,13 @@ class Rendezvous(Task[RendezvousParams, tuple[Cell, ...]]):
         """Where an agent is."""
         return self._state[self.agents.index(agent)]
 
-    def state(self) -> str:
-        """Time left, the open landmark, who knows it, and every cell."""
-        where = " ".join(
     def positions(self) -> Mapping[str, Cell]:
         """Every agent's cell."""
         return dict(zip(self.agents, self._state, strict=True))
 
+    def state(self) -> str:
+        """Time left, the open landmark, who knows it, and every cell."""
+        where = " ".join(
             f"{agent} {row} {column}" for agent, (row, column) in zip(self.agents, self._state, strict=True)
         )
         known = f"open {self.open} informed {self.informed}"

@@ -20,6 +20,8 @@ SHAPES = ("circle", "square", "star", "cross", "moon", "heart", "ring", "arrow")
 Thing = tuple[str, str]
 """(colour, shape)."""
 NOTHING: Thing = ("none", "none")
+_FIXED = ("role", "speaker", "listener", "last", "right", "wrong", "none", "target", "list")
+"""Words of observations besides colours, shapes and picks."""
 
 
 class SignalParams(TaskParams):
@@ -78,14 +80,14 @@ class Signal(Task[SignalParams, _State]):
         reward = f"{1 / params.rounds:g}"
         self.language = TaskLanguage(
             actions=(*self.picks, "wait"),
-            message=(Slot("word", (*self.colours, *self.shapes, "none")),),
+            message=(Slot("word", (*self.colours, *self.shapes, "none"), null="none"),),
             forecast=(Slot("last", ("none", "right", "wrong")),),
             rewards=("0", reward),
             default_action="wait",
+            words=(*_FIXED, *self.colours, *self.shapes, *self.picks),
         )
-        fixed = ("role", "speaker", "listener", "last", "right", "wrong", "none", "target", "list", "round")
         numbers = (str(number) for number in range(self.horizon + 1))
-        self.words = tuple(sorted({*self.agents, *self.colours, *self.shapes, *self.picks, *numbers, *fixed}))
+        self.words = tuple(sorted({*self.agents, *self.colours, *self.shapes, *self.picks, *numbers, *_FIXED, "round"}))
         pairs = [(colour, shape) for colour in self.colours for shape in self.shapes]
         self.rounds = tuple(self._draw_round(rng, pairs) for _ in range(params.rounds))
         return _State()

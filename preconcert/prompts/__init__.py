@@ -3,14 +3,15 @@
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
 from preconcert.prompts.grammar import Grammar, Reading
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent
-from preconcert.prompts.turn_format import SILENCE, TurnFormat, Written
-from preconcert.prompts.turn_grammar import Piece, turn_pieces
+from preconcert.prompts.speech import SILENCE, STOP, Speech, whole_messages
+from preconcert.prompts.turn_format import TurnFormat, Written
+from preconcert.prompts.turn_grammar import DONE_WORDS, Piece, turn_pieces
 from preconcert.prompts.vocabulary import starter_words
 from preconcert.prompts.world_format import WorldFormat, WorldWritten
 from preconcert.prompts.world_grammar import VALUES, WorldAnswer, WorldPart, WorldSpan
 
 __all__ = [
-    "END_OF_PLAY", "SILENCE", "VALUES", "Automaton", "AutomatonBuilder", "Grammar", "Piece", "Reading", "SpanSettings",
-    "TurnContent", "TurnFormat", "WorldAnswer", "WorldFormat", "WorldPart", "WorldSpan", "WorldWritten", "Written",
-    "starter_words", "turn_pieces",
+    "DONE_WORDS", "END_OF_PLAY", "SILENCE", "STOP", "VALUES", "Automaton", "AutomatonBuilder", "Grammar", "Piece",
+    "Reading", "SpanSettings", "Speech", "TurnContent", "TurnFormat", "WorldAnswer", "WorldFormat", "WorldPart",
+    "WorldSpan", "WorldWritten", "Written", "starter_words", "turn_pieces", "whole_messages",
 ]

@@ -40,4 +40,4 @@ class TurnContent:
     done: str | None = None
     """`yes` or `no`."""
     message: tuple[str, ...] = ()
-    """One word per message slot."""
+    """One word per message slot, in order; fewer where the message ends before."""

@@ -18,14 +18,16 @@ from preconcert.core import GrammarError, Message, Observation, Span, SpanKind, 
 from preconcert.prompts.automaton import Automaton
 from preconcert.prompts.grammar import Grammar, Reading
 from preconcert.prompts.spans import SpanSettings, TurnContent
+from preconcert.prompts.speech import SILENCE, Speech, whole_messages
 from preconcert.prompts.turn_grammar import content_of, turn_pieces, word_of
-
-SILENCE = "quiet"
-"""Stands in the prompt for each word of a message that was not received."""
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=False
 )
+
+
+_HOLE = "\u2063message\u2063"
+"""Stands for vectors while a prompt is rendered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,22 @@ class TurnFormat:
         language: the task's vocabularies.
         spans: which parts a turn has.
         memory: how many of its own last actions an agent is reminded of.
+        speech: the form of messages; None for every word of the task's message slots.
     """
 
-    def __init__(self, tokenizer: Any, language: TaskLanguage, spans: SpanSettings, memory: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        language: TaskLanguage,
+        spans: SpanSettings,
+        memory: int = 0,
+        speech: Speech | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.language = language
         self.spans = spans
         self.memory = memory
+        self.speech = whole_messages(language) if speech is None else speech
         self.compact = not getattr(tokenizer, "chat_template", None)
         self.eos: int = tokenizer.eos_token_id
         self._compile = lru_cache(maxsize=4096)(self._compile_uncached)
@@ -77,14 +88,47 @@ class TurnFormat:
         memory: Sequence[str] = (),
     ) -> tuple[int, ...]:
         """The prompt of a turn that stands alone (context `turn`, or the first turn of a transcript)."""
+        if self.speech.vectors:
+            return self.prompt_with_places(agent, observation, inbox, others, memory)[0]
+        return self.encode(self._prompt_text(self._fields(agent, observation, inbox, others, memory)))
+
+    def prompt_with_places(
+        self,
+        agent: str,
+        observation: Observation,
+        inbox: Sequence[Message],
+        others: Sequence[str],
+        memory: Sequence[str] = (),
+    ) -> tuple[tuple[int, ...], dict[str, int]]:
+        """The prompt of a turn whose messages are vectors (`Speech.vectors`), and where each sender's begin.
+
+        The same tokens, those of silence, stand there whether a message was received or not. What is around them is
+        tokenised apart, so that no token reaches across.
+        """
         fields = self._fields(agent, observation, inbox, others, memory)
+        mails: list[Mail] = fields["inbox"]
+        fields["inbox"] = [Mail(mail.sender, _HOLE) for mail in mails]
+        pieces = self._prompt_text(fields).split(_HOLE)
+        hole = self.encode(self.speech.shown_silence(self.compact))[: self.speech.vectors]
+        hole += hole[-1:] * (self.speech.vectors - len(hole))
+        ids: tuple[int, ...] = ()
+        starts: dict[str, int] = {}
+        for place, piece in enumerate(pieces):
+            text = piece.strip() if self.compact else piece
+            ids += self.encode(text) if text else ()
+            if place < len(mails):
+                starts[mails[place].sender] = len(ids)
+                ids += hole
+        return ids, starts
+
+    def _prompt_text(self, fields: dict[str, Any]) -> str:
         if self.compact:
-            return self.encode(_TEMPLATES.get_template("starter.jinja").render(fields).strip())
+            return _TEMPLATES.get_template("starter.jinja").render(fields).strip()
         chat = [
             {"role": "system", "content": _TEMPLATES.get_template("system.jinja").render(fields).strip()},
             {"role": "user", "content": _TEMPLATES.get_template("user.jinja").render(fields).strip()},
         ]
-        return self.encode(self._apply_template(chat, answer_next=True))
+        return self._apply_template(chat, answer_next=True)
 
     def followup_ids(
         self,
@@ -121,7 +165,7 @@ class TurnFormat:
         mails: list[Mail] = []
         if self.spans.say and self.language.message:
             heard = {message.sender: message.payload for message in inbox}
-            silence = " ".join([SILENCE] * len(self.language.message)) if self.compact else SILENCE
+            silence = self.speech.shown_silence(self.compact)
             mails = [Mail(other, heard.get(other) or silence) for other in others]
         recent = list(memory)[-self.memory :] if self.memory else []
         recent = [SILENCE] * (self.memory - len(recent)) + recent
@@ -133,6 +177,7 @@ class TurnFormat:
             "memory": recent,
             "language": self.language,
             "spans": self.spans,
+            "speech": self.speech,
         }
 
     def _apply_template(self, chat: list[dict[str, str]], answer_next: bool) -> str:
@@ -168,8 +213,10 @@ class TurnFormat:
         Raises:
             GrammarError: the content does not fit the grammar.
         """
+        if len(content.message) > len(self.speech.slots) and self.spans.say:
+            raise GrammarError(f"{' '.join(content.message)!r} is no message of {len(self.speech.slots)} words")
         grammar = self._compile(tuple(others), tuple(legal))
-        ids, readings = grammar.write(lambda piece: word_of(content, piece, self.language))
+        ids, readings = grammar.write(lambda piece: word_of(content, piece, self.language, self.speech))
         return Written(ids, _spans(readings), grammar.chosen(ids, readings))
 
     def parse(
@@ -188,7 +235,7 @@ class TurnFormat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def _compile_uncached(self, others: tuple[str, ...], legal: tuple[str, ...]) -> Grammar:
-        pieces = turn_pieces(self.language, self.spans, others, legal, self.compact)
+        pieces = turn_pieces(self.language, self.spans, others, legal, self.compact, self.speech)
         return Grammar(pieces, self.encode, self.tokenizer, self.compact)
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:

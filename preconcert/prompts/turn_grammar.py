@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from preconcert.core import GrammarError, SpanKind, TaskLanguage
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent
+from preconcert.prompts.speech import Speech, whole_messages
 
 DONE_WORDS = ("no", "yes")
 
@@ -37,7 +38,12 @@ class Piece:
 
 
 def turn_pieces(
-    language: TaskLanguage, spans: SpanSettings, others: Sequence[str], legal: Sequence[str], compact: bool
+    language: TaskLanguage,
+    spans: SpanSettings,
+    others: Sequence[str],
+    legal: Sequence[str],
+    compact: bool,
+    speech: Speech | None = None,
 ) -> list[Piece]:
     """The pieces of one agent's turn.
 
@@ -47,7 +53,12 @@ def turn_pieces(
         others: names of the other agents, in order.
         legal: the actions the agent may take now.
         compact: the starter model's spelling; otherwise the labelled one.
+        speech: the form of messages; None for every word of the task's message slots.
+
+    Raises:
+        GrammarError: a message slot has the word that ends messages.
     """
+    speech = speech or whole_messages(language)
     pieces: list[Piece] = []
     line = "" if compact else "\n"
 
@@ -77,11 +88,17 @@ def turn_pieces(
             pieces.append(Piece(DONE_WORDS, SpanKind.FORESEE, "done"))
         if line:
             literal(line)
-    if spans.say and language.message:
+    if spans.say and speech.slots:
         literal("<say>")
-        for slot in language.message:
+        stop = speech.stop(compact)
+        for index, slot in enumerate(speech.slots):
             label(slot.name)
-            pieces.append(Piece(slot.choices, SpanKind.SAY, slot.name))
+            if stop is None:
+                pieces.append(Piece(slot.choices, SpanKind.SAY, slot.name))
+                continue
+            left = len(speech.slots) - 1 - index
+            skips = ((stop, left if compact else 2 * left),)
+            pieces.append(Piece((*slot.choices, stop), SpanKind.SAY, slot.name, skips=skips))
         if line:
             literal(line)
     literal("<act>")
@@ -89,8 +106,8 @@ def turn_pieces(
     return pieces
 
 
-def word_of(content: TurnContent, piece: Piece, language: TaskLanguage) -> str:
-    """The word that a turn's content has at a piece.
+def word_of(content: TurnContent, piece: Piece, language: TaskLanguage, speech: Speech | None = None) -> str:
+    """The word that a turn's content has at a piece; where its message is over, the word that ends it.
 
     Raises:
         GrammarError: the content has no word there, or one that the piece does not allow.
@@ -102,8 +119,9 @@ def word_of(content: TurnContent, piece: Piece, language: TaskLanguage) -> str:
         actions = content.intentions.get(piece.slot, ())
         word = actions[piece.index] if piece.index < len(actions) else None
     elif piece.kind is SpanKind.SAY:
-        names = [slot.name for slot in language.message]
-        word = content.message[names.index(piece.slot)] if content.message else None
+        names = [slot.name for slot in (speech or whole_messages(language)).slots]
+        place, ends = names.index(piece.slot), [stop for stop, _ in piece.skips]
+        word = content.message[place] if place < len(content.message) else next(iter(ends), None)
     elif piece.slot == "reward":
         word = content.reward
     elif piece.slot == "done":
@@ -127,7 +145,8 @@ def content_of(words: Sequence[tuple[Piece, str]]) -> TurnContent:
         if piece.kind is SpanKind.INTEND:
             intentions[piece.slot] = (*intentions.get(piece.slot, ()), word)
         elif piece.kind is SpanKind.SAY:
-            message.append(word)
+            if word not in dict(piece.skips):
+                message.append(word)
         elif piece.kind is SpanKind.ACT:
             action = word
         elif piece.slot == "reward":

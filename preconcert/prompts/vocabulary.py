@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from preconcert.core import TaskLanguage
 from preconcert.prompts.spans import END_OF_PLAY
-from preconcert.prompts.turn_format import SILENCE
+from preconcert.prompts.speech import SILENCE
 from preconcert.prompts.turn_grammar import DONE_WORDS
 
 TAGS = ("<from>", "<did>", "<me>", "<see>", "<turn>", "<intend>", "<foresee>", "<say>", "<act>")

@@ -17,7 +17,8 @@ from functools import lru_cache
 from preconcert.core import GrammarError, Message, Move, Observation
 from preconcert.prompts.automaton import Automaton
 from preconcert.prompts.grammar import Grammar, Reading
-from preconcert.prompts.turn_format import SILENCE, TurnFormat
+from preconcert.prompts.speech import SILENCE
+from preconcert.prompts.turn_format import TurnFormat
 from preconcert.prompts.turn_grammar import Piece
 from preconcert.prompts.world_grammar import (
     VALUES,

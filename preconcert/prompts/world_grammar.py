@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from preconcert.core import GrammarError, TaskLanguage
-from preconcert.prompts.turn_format import SILENCE
+from preconcert.prompts.speech import SILENCE
 from preconcert.prompts.turn_grammar import DONE_WORDS, Piece
 
 VALUES = 10

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 
 from preconcert.core import ConfigError, Episode, SpanKind, TaskLanguage, Truth, Turn
 from preconcert.envs import talking
-from preconcert.prompts import END_OF_PLAY, SpanSettings, TurnContent
+from preconcert.prompts import END_OF_PLAY, SpanSettings, Speech, TurnContent, whole_messages
 
 
 def hindsight_content(
-    episode: Episode, agent: str, index: int, language: TaskLanguage, spans: SpanSettings
+    episode: Episode,
+    agent: str,
+    index: int,
+    language: TaskLanguage,
+    spans: SpanSettings,
+    speech: Speech | None = None,
 ) -> TurnContent:
     """The turn as played, its predictions replaced by what really happened.
 
@@ -28,6 +33,7 @@ def hindsight_content(
         index: which of its turns, from 0.
         language: the task's vocabularies.
         spans: which parts are written.
+        speech: the form of messages; None for every word of the task's message slots.
 
     Raises:
         ConfigError: the environment paid a reward that its language has no word for.
@@ -43,14 +49,15 @@ def hindsight_content(
                 real = [step.action for step in theirs.turns[index : index + spans.intend_steps]]
                 intentions[other] = tuple(real + [END_OF_PLAY] * (spans.intend_steps - len(real)))
     message: tuple[str, ...] = ()
-    if spans.say and language.message:
+    speech = speech or whole_messages(language)
+    if spans.say and speech.slots:
         said = turn.message.payload.split() if turn.message is not None else []
-        if len(said) != len(language.message):
-            said = [slot.choices[-1] for slot in language.message]
+        if not speech.stops and len(said) != len(speech.slots):
+            said = [slot.choices[-1] for slot in speech.slots]
         following = next_own_action(mine.turns, index)
         message = tuple(
             following if slot.truth is Truth.OWN_NEXT_ACTION and following is not None else word
-            for slot, word in zip(language.message, said, strict=True)
+            for slot, word in zip(speech.slots[: len(said)], said, strict=True)
         )
     foresee = spans.foresee
     return TurnContent(

@@ -108,11 +108,12 @@ def _announcements(episode: Episode, key: TurnKey, turn: Turn, language: TaskLan
     real = next_own_action(mine, key.index)
     if real is None or turn.message is None:
         return []
-    said = dict(zip((slot.name for slot in language.message), turn.message.payload.split(), strict=True))
     announced = true_slots(language)
+    written = [span for span in turn.spans if span.kind is SpanKind.SAY]
+    # The word that ends a message has a span, too, and is no word of it.
     return [
-        _guess(episode, key, turn, span, Kind.ANNOUNCEMENT, 1, said[span.slot], real, None)
-        for span in turn.spans
+        _guess(episode, key, turn, span, Kind.ANNOUNCEMENT, 1, word, real, None)
+        for span, word in zip(written, turn.message.payload.split(), strict=False)
         if (span.kind, span.slot) in announced
     ]
 

@@ -30,7 +30,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig
 
-from preconcert.agents import ChannelSettings, GenerativeTeam
+from preconcert.agents import ChannelSettings, GenerativeTeam, TurnCodec, codec_of, turn_format_of
 from preconcert.core import (
     ConfigError,
     Env,
@@ -43,18 +43,19 @@ from preconcert.core import (
 )
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel, build_starter, check_model_name
-from preconcert.prompts import TurnFormat, starter_words
+from preconcert.prompts import starter_words
 from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
 from preconcert.training.imagination import ImaginedIn, Imaginer
+from preconcert.training.imitation import ShortSpoken, respoken
 from preconcert.training.json_file import write_json
 from preconcert.training.league import League, check_scripts, gather, learners_of
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
-from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable
 from preconcert.training.source import GameSource, record_name
 from preconcert.training.update import Order
@@ -282,7 +283,8 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
     """
     started = time.perf_counter()
     settings = basis.warm_start
-    episodes = _imitation_episodes(basis, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
+    codec = codec_of(basis.agent.codec, env.language, basis.agent.spans)
+    episodes = _imitation_episodes(basis, codec, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
     source = basis.model
     if basis.model == STARTER:
         texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
@@ -293,7 +295,7 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
     model = TransformersModel.load(source, basis.lora, basis.dtype)
     log: list[dict[str, float]] = []
     if settings.episodes:
-        turn_format = TurnFormat(model.tokenizer, env.language, basis.agent.spans, basis.agent.memory)
+        turn_format = turn_format_of(model.tokenizer, basis.agent, codec)
         examples = supervised_examples(episodes, turn_format, basis.agent)
         examples, settings = mix_world_rows(basis, episodes, examples, turn_format, reporter)
         reporter.stage("warm start", settings.steps)
@@ -322,10 +324,10 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
     write_json(folder / _IMITATION, found)
 
 
-def _imitation_episodes(recipe: Recipe, count: int, reporter: Reporter) -> list[Episode]:
+def _imitation_episodes(recipe: Recipe, codec: TurnCodec, count: int, reporter: Reporter) -> list[Episode]:
     reporter.stage("scripted play", count)
     episodes: list[Episode] = []
-    policy = ScriptedPolicy(recipe.warm_start.player)
+    policy = ShortSpoken(recipe.warm_start.player, codec)
     while len(episodes) < count:
         numbers = range(len(episodes), min(count, len(episodes) + 500))
         specs = [
@@ -334,7 +336,9 @@ def _imitation_episodes(recipe: Recipe, count: int, reporter: Reporter) -> list[
         ]
         episodes += rollout(specs, policy, ChannelSettings(), derive_seed(recipe.seed, "imitate"))
         reporter.advance(len(episodes))
-    return episodes
+    if codec.speech.slots or not codec.talks:
+        return episodes
+    return [respoken(episode, codec, recipe.agent.spans) for episode in episodes]
 
 
 def _save_base(model: TransformersModel, folder: Path) -> None:

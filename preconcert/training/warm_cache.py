@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from preconcert.agents import SlotsSettings
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.warm_start import WarmStartMethod
@@ -77,6 +78,8 @@ def world_key(recipe: Recipe, assignment: Mapping[str, str]) -> str:
 def _supervised(recipe: Recipe, first_adapter: str) -> dict[str, Any]:
     """Everything that the supervised phase depends on."""
     content: dict[str, Any] = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
+    if content["agent"]["codec"] == SlotsSettings().model_dump(mode="json"):
+        del content["agent"]["codec"]  # as it was before there were others
     if recipe.world_model is not None:  # recipes without one keep the keys that they always had
         content["world_model"] = world_part(recipe)
     content["adapter"] = first_adapter if recipe.warm_start.method is WarmStartMethod.LORA else None

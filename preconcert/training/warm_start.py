@@ -71,7 +71,9 @@ def supervised_examples(
             done: list[str] = []
             for index, turn in enumerate(trajectory.turns):
                 prompt = turn_format.prompt_ids(agent, turn.observation, turn.inbox, others, done)
-                content = hindsight_content(episode, agent, index, turn_format.language, settings.spans)
+                content = hindsight_content(
+                    episode, agent, index, turn_format.language, settings.spans, turn_format.speech
+                )
                 written = turn_format.write(content, others, turn.observation.legal_actions)
                 examples.append(
                     {
