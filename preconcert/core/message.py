@@ -20,6 +20,8 @@ class Latent:
     """How many values each number can take; 0 where it is any number."""
     drawn: tuple[tuple[float, ...], ...] = ()
     """What the sender drew from its Gaussian, before it was bounded and quantised; empty where nothing was drawn."""
+    logprobs: tuple[float, ...] = ()
+    """Log-density of each vector that was drawn, in nats."""
 
     @property
     def bits(self) -> float:

@@ -39,6 +39,8 @@ class ConstrainedOutput(ModelOutput):
     """Of the distribution that each token comes from, in nats."""
     target_logprobs: Tensor | None = None
     """Of `target_ids` at the same places, where they were given."""
+    states: Tensor | None = None
+    """Hidden states at `state_columns`, where they were given; shape (batch, places, width)."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def add_constrained_head(model: nn.Module) -> None:
 
     Afterwards `model(input_ids=..., attention_mask=..., constrained_head=True, logits_to_keep=T, completion_ids=...,
     allowed_index=..., table_tokens=..., table_allowed=..., temperature=...)` returns a `ConstrainedOutput` for the last
-    `T` tokens of each row; with `target_ids` (-1 for none) also of other tokens at the same places. Without
+    `T` tokens of each row; with `target_ids` (-1 for none) also of other tokens at the same places, and with
+    `state_columns`, shape (batch, places), the hidden states at these of the `T` places. Without
     `constrained_head=True` nothing changes. May be called before or after TRL's own `add_fused_lm_head`, and more than
     once.
 
@@ -174,6 +177,7 @@ def add_constrained_head(model: nn.Module) -> None:
         table_allowed: Tensor | None = None,
         temperature: float = 1.0,
         target_ids: Tensor | None = None,
+        state_columns: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not constrained_head:
@@ -185,7 +189,12 @@ def add_constrained_head(model: nn.Module) -> None:
         kwargs["use_cache"] = False
         if kwargs.get("position_ids") is None and kwargs.get("attention_mask") is not None:
             kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -keep - 1 : -1]
+        every = self.base_model(*args, **kwargs).last_hidden_state
+        states = None
+        if state_columns is not None:
+            row = torch.arange(len(every), device=every.device)[:, None]
+            states = every[:, -keep:][row, state_columns.clamp(max=keep - 1)]
+        hidden = every[:, -keep - 1 : -1]
         head = self.get_output_embeddings()
         bias = getattr(head, "bias", None)
         grammar = (table_tokens, table_allowed, temperature, scale)
@@ -197,7 +206,7 @@ def add_constrained_head(model: nn.Module) -> None:
                 hidden[other][None], head.weight, bias, target_ids[other][None], allowed_index[other][None], *grammar
             )
             targets = logprobs.masked_scatter(other, found[0])
-        return ConstrainedOutput(logprobs=logprobs, entropy=entropy, target_logprobs=targets)
+        return ConstrainedOutput(logprobs=logprobs, entropy=entropy, target_logprobs=targets, states=states)
 
     base.forward = types.MethodType(forward, base)
     base._has_constrained_head = True

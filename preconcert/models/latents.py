@@ -89,6 +89,7 @@ class LatentCodec(nn.Module):
     def __init__(self, settings: LatentSettings, width: int, scale: float, seed: int) -> None:
         super().__init__()
         self.settings = settings
+        self.width = width
         self.scale = scale
         generator = torch.Generator().manual_seed(seed % 2**63)
 
@@ -130,6 +131,8 @@ class LatentCodec(nn.Module):
 
     def embedded(self, values: Float[Tensor, "rows k d"]) -> Float[Tensor, "rows k width"]:
         """A message as the embeddings that its receiver reads; a shorter one fills the first places."""
+        if self.settings.method is LatentMethod.ALIGNED:
+            return values
         inner = functional.gelu(functional.linear(values, self.in_code, self.in_bias) + self.places[: values.shape[1]])
         return functional.linear(inner, self.in_out) * self.scale
 

@@ -166,7 +166,7 @@ class Speech:
                     f"of adapter {adapter!r}: {settings.tokens} of {width}"
                 )
         numbers = torch.tensor(values, dtype=torch.float32, device=self._body.device)
-        return numbers if settings.method is LatentMethod.ALIGNED else codec.embedded(numbers)
+        return codec.embedded(numbers)
 
     def _write(self, requests: Sequence[SpeakRequest], tokens: int) -> list[Latent]:
         adapters = [request.adapter for request in requests]
@@ -190,9 +190,10 @@ class Speech:
             mean = codec.mean(hidden[mine])
             noise = torch.from_numpy(np.stack([_noise(requests[row], codec.settings) for row in mine])).to(mean)
             drawn = mean + codec.deviation() * noise
-            sent = codec.sent(drawn)
-            for row, one, other in zip(mine, sent.cpu().tolist(), drawn.cpu().tolist(), strict=True):
-                answers[row] = Latent(_tuples(one), codec.settings.levels, _tuples(other))
+            sent, logps = codec.sent(drawn), codec.logprob(drawn, mean)
+            numbers = zip(mine, sent.cpu().tolist(), drawn.cpu().tolist(), logps.cpu().tolist(), strict=True)
+            for row, one, other, density in numbers:
+                answers[row] = Latent(_tuples(one), codec.settings.levels, _tuples(other), tuple(density))
         return [answers[row] for row in range(len(requests))]
 
     def _write_aligned(self, requests: Sequence[SpeakRequest], tokens: int) -> list[Latent]:

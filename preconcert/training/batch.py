@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from preconcert.models import UNSCORED
 from preconcert.training.rows import Row
+from preconcert.training.speech_loss import speech_columns
 
 
 def collate(
@@ -40,12 +41,14 @@ def collate(
     Returns:
         `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `tool_mask`, `target_ids`,
         `old_per_token_logps`, `advantages`, `allowed`, `joint` (B, T); `adapter`,
-        `agent` (B,).
+        `agent` (B,); and the columns of `speech_columns` where there are latent messages.
     """
     total = -(-max(len(rows), at_least) // multiple) * multiple
     everything = [*rows, *([rows[0]] * (total - len(rows)))]
     prompt_width = max(len(row.prompt_ids) for row in rows)
-    width = max(len(row.completion_ids) for row in rows)
+    # A row that says something in vectors goes on with a place for each of them.
+    spoken = [0 if row.said is None else len(row.said.drawn) for row in everything]
+    width = max(len(row.completion_ids) + more for row, more in zip(everything, spoken, strict=True))
     prompt_ids = np.full((total, prompt_width), pad_id, dtype=np.int64)
     prompt_mask = np.zeros((total, prompt_width), dtype=np.int64)
     completion_ids = np.full((total, width), pad_id, dtype=np.int64)
@@ -61,7 +64,7 @@ def collate(
         prompt_ids[i, prompt_width - p :] = row.prompt_ids
         prompt_mask[i, prompt_width - p :] = 1
         completion_ids[i, :n] = row.completion_ids
-        completion_mask[i, :n] = 1
+        completion_mask[i, : n + spoken[i]] = 1
         if i < len(rows):
             policy[i, :n] = row.policy
             targets[i, :n] = row.targets
@@ -86,6 +89,7 @@ def collate(
         "joint": _tensor(joint),
         "adapter": _tensor(column),
         "agent": _tensor(writer),
+        **speech_columns(rows, total, prompt_width, adapters),
     }
 
 

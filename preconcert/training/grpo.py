@@ -36,10 +36,12 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from preconcert.core import Episode, TrainingError, derive_seed
-from preconcert.models import AdapterRoute, add_constrained_head
+from preconcert.models import AdapterRoute, Fills, add_constrained_head
+from preconcert.models.latents import CODECS, load_codec, save_codec
 from preconcert.training.batch import collate
 from preconcert.training.credit import Number, TurnKey
 from preconcert.training.rows import GrammarTable, Row, trained_tokens
+from preconcert.training.speech_loss import codecs_of, fills_of, pathwise_values, query_columns, speech_loss
 from preconcert.training.update import (
     Order,
     RatioLevel,
@@ -161,6 +163,8 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         self._log_factor = torch.zeros(0)
         self._stopped = False
         self._raw_logps: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
+        self._fills: Fills | None = None
         self._skipped: set[int] = set()
         self._squares: defaultdict[str, float] = defaultdict(float)
         self._squares_by_agent: defaultdict[str, float] = defaultdict(float)
@@ -250,7 +254,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         if self._only is None and self._due():
             self._to_take_apart = inputs
         self._present = inputs
-        self._open_route([self.adapter_names[i] for i in inputs["adapter"].tolist()])
+        self._open_route([self.adapter_names[i] for i in inputs["adapter"].tolist()], inputs)
         loss = super()._compute_loss(model, inputs)
         if self._only is None:
             self._watch(inputs)
@@ -267,7 +271,20 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             loss = loss + self.hindsight_weight * cross_entropy * parts / items
             if mask.any():
                 self._metrics["train"]["hindsight_loss"].append((cross_entropy / mask.sum()).item())
+        if self._states is not None:
+            loss = loss + self._speech_loss(inputs, self._states)
         return loss
+
+    def _speech_loss(self, inputs: dict[str, Any], states: torch.Tensor) -> torch.Tensor:
+        """The loss of latent messages; a vector counts as much as a token of the policy."""
+        model = self.accelerator.unwrap_model(self.model)
+        clip = (self.args.epsilon, self.args.epsilon_high)
+        total, figures = speech_loss(inputs, states, codecs_of(model), self.adapter_names, clip, self._only)
+        if self._only is None:
+            for name, value in figures.items():
+                self._metrics["train"][name].append(value)
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        return total * (self.args.steps_per_generation / self.current_gradient_accumulation_steps) / items
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -295,7 +312,9 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             table_allowed=allowed,
             temperature=self.temperature,
             target_ids=present["target_ids"] if self.hindsight_weight else None,
+            **({"state_columns": query_columns(present)} if "said_at" in present else {}),
         )
+        self._states = output.states
         logps, entropy = self._own(output.logprobs), self._own(output.entropy)
         self._logps = None if output.target_logprobs is None else self._own(output.target_logprobs)
         self._raw_logps = logps
@@ -317,7 +336,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
                     self._take_apart(self._to_take_apart)
             finally:
                 self._close_route()
-                self._present = self._logps = self._raw_logps = self._to_take_apart = None
+                self._present = self._logps = self._raw_logps = self._states = self._to_take_apart = None
             if self._stopped:
                 # Without gradients the optimiser leaves every weight and every moment alone.
                 self.model.zero_grad(set_to_none=True)
@@ -393,11 +412,17 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         """What a checkpoint holds besides TRL's files."""
         state: dict[str, Any] = getattr(self.source, "state_dict", dict)()
         (folder / SOURCE_STATE).write_text(json.dumps(state))
+        for name, codec in codecs_of(self.accelerator.unwrap_model(self.model)).items():
+            (folder / CODECS / name).mkdir(parents=True, exist_ok=True)
+            save_codec(codec, folder / CODECS / name)
 
     def _load_own(self, folder: Path) -> None:
         file = folder / SOURCE_STATE
         if file.is_file() and hasattr(self.source, "load_state_dict"):
             self.source.load_state_dict(json.loads(file.read_text()))
+        for name, codec in codecs_of(self.accelerator.unwrap_model(self.model)).items():
+            saved = load_codec(folder / CODECS / name, codec.width)
+            codec.load_state_dict(saved.state_dict())
 
     def _plan(self, batch: dict[str, Any]) -> None:
         """Cut a rollout into the minibatches of one agent after the other."""
@@ -569,14 +594,23 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             self._only = None
             self._metrics["train"] = held
 
-    def _open_route(self, names: Sequence[str | None]) -> None:
+    def _open_route(self, names: Sequence[str | None], batch: Mapping[str, torch.Tensor]) -> None:
         self._close_route()
-        self._route = AdapterRoute(self.accelerator.unwrap_model(self.model), names)
+        model = self.accelerator.unwrap_model(self.model)
+        if "heard_at" in batch:
+            base, codecs = model.get_base_model(), codecs_of(model)
+            # The senders' pass is over before the rows' own route is opened: a layer follows one route at a time.
+            values = pathwise_values(base, batch, codecs, self.adapter_names)
+            self._fills = Fills(base, fills_of(batch, codecs, self.adapter_names, values))
+        self._route = AdapterRoute(model, names)
 
     def _close_route(self) -> None:
         if self._route is not None:
             self._route.close()
             self._route = None
+        if self._fills is not None:
+            self._fills.close()
+            self._fills = None
 
     def _grammar(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self._table_tensors is None or self._table_tensors[0] != self.table.rows:
@@ -603,7 +637,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
                 piece = {k: v[start : start + size] for k, v in batch.items() if v.ndim > 0}
                 self._present = piece
                 names = [self.adapter_names[i] for i in piece["adapter"].tolist()]
-                self._open_route(names if own else [adapter] * len(names))
+                self._open_route(names if own else [adapter] * len(names), piece)
                 ids = torch.cat([piece["prompt_ids"], piece["completion_ids"]], dim=1)
                 mask = torch.cat([piece["prompt_mask"], piece["completion_mask"]], dim=1)
                 self._get_per_token_logps_and_entropies(self.model, ids, mask, piece["completion_ids"].shape[1])
@@ -612,7 +646,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         finally:
             self.model.train(training)
             self._close_route()
-            self._present, self._logps, self._raw_logps = held, None, None
+            self._present, self._logps, self._raw_logps, self._states = held, None, None, None
         return torch.cat(parts)
 
 
@@ -624,8 +658,9 @@ def set_trainable(model: PeftModel, adapters: Sequence[str]) -> None:
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
-    """The parameters of one adapter, in the model's order."""
-    return [p for name, p in model.named_parameters() if f".{adapter}." in name and "lora_" in name]
+    """The parameters of one adapter, those of its codec included, in the model's order."""
+    parts = ("lora_", f"{CODECS}.")
+    return [p for name, p in model.named_parameters() if f".{adapter}." in name and any(x in name for x in parts)]
 
 
 def _piece(batch: Mapping[str, torch.Tensor], places: torch.Tensor, heard: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,14 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preconcert.agents import Context, GenerativeTeam
-from preconcert.core import Episode, SpanKind, TrainingError, Turn, derive_seed
-from preconcert.models import UNCONSTRAINED, grammar_table
+from preconcert.core import Episode, Latent, SpanKind, TrainingError, Turn, derive_seed
+from preconcert.models import UNCONSTRAINED, Placed, grammar_table
 from preconcert.prompts import Automaton
 from preconcert.training.credit import Number, TurnKey
 from preconcert.training.hindsight import hindsight_content, true_slots
 
 KINDS = tuple(SpanKind)
 """What the numbers in `Row.kinds` stand for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a latent message came from."""
+
+    ids: tuple[int, ...]
+    """Everything its sender had read and written."""
+    adapter: str
+    heard: tuple[Placed, ...] = ()
+    """Latent messages in `ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,14 @@ class Row:
     """The span of each token, a position in `KINDS`; -1 outside of spans."""
     name: str
     """Episode, agent and turn: the same in every process and for any division of the work."""
+    heard: tuple[Placed, ...] = ()
+    """Latent messages in the prompt."""
+    said: Latent | None = None
+    """The latent message that was drawn after the completion."""
+    said_advantage: float = 0.0
+    """What it is reinforced with."""
+    sources: tuple[Source, ...] = ()
+    """What the senders of `heard` had read and written, one each, where gradients are to reach them; else empty."""
 
     def __post_init__(self) -> None:
         n = len(self.completion_ids)
@@ -198,9 +217,13 @@ def _targets(
 
     Within a span the target holds up to and including the first token at which the sampled word and the true one part;
     after it the truth no longer continues what was written. Forced tokens get no target.
+
+    Where a message could end before a word that hindsight knows, both what was said there and the end are targets, the
+    one as it should have been, the other as it was. On average that moves only the word and not whether it is said:
+    how often each is a target is how likely it was.
     """
     turn = episode.trajectories[agent].turns[index]
-    content = hindsight_content(episode, agent, index, team.language, team.settings.spans)
+    content = hindsight_content(episode, agent, index, team.language, team.settings.spans, team.format.speech)
     written = team.format.write(content, others, turn.observation.legal_actions)
     targets = np.full(len(turn.completion_ids), -1, dtype=np.int64)
     truths = true_slots(team.language)
@@ -224,7 +247,8 @@ def _targets(
 def _span_mask(turn: Turn, length: int, team: GenerativeTeam, settings: RowSettings) -> NDArray[np.bool_]:
     """Everything but the spans that are not under reinforcement; tags and the end mark stay in."""
     mask = np.ones(length, dtype=bool)
-    truths = true_slots(team.language)
+    # Whether to say a word that hindsight knows is the task's business, where a message may end before it.
+    truths = frozenset() if team.format.speech.stops else true_slots(team.language)
     for span in turn.spans:
         if span.kind not in settings.policy_spans or (span.kind, span.slot) in truths:
             mask[span.start : span.end] = False
