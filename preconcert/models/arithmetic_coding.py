@@ -184,7 +184,8 @@ class Decoder:
             self._value = self._value & _HALF | (self._value << around) & _BELOW | self._read(around)
 
     def finish(self) -> int:
-        """Where the code of these symbols ends: the number of bits up to there, `start` included.
+        """Where the code of these symbols ends: the number of bits up to there, `start` included. Never less after more
+        symbols, so it may be asked at any time.
 
         Raises:
             CodingError: the bits broke off before.

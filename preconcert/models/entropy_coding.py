@@ -1,0 +1,404 @@
+"""Messages as bits that could be sent: the model that both sides have is the arithmetic coder's table.
+
+Parts: `MessagePrior` (what both sides expect of a message, symbol by symbol), `ModelPrior` (a language model's
+expectation after a public context) and `MessageCoder` (messages to `Code`s and back). Another prior, of counts, is in
+`training/message_prior.py`; the integer coder itself is in `arithmetic_coding.py`.
+
+A message is a flag and then its symbols, each under the prior's distribution after those before it, the end included.
+Probabilities become integers that sum to 2^40, none of them 0, so a message costs less than two bits and one part in a
+million more than its negative log2 probability. What has no spelling (words that the tokenizer does not know, text that
+comes back changed, text that is too long or ends the sequence in its midst) is announced by the other side of the flag,
+which costs `ESCAPE_BITS`, and follows as UTF-8 under an adaptive count of bytes: every string can be sent.
+
+Sender and receiver must hold the same bits of every distribution. Within one kind of machine, with the same weights,
+library versions and number of threads, `NextTokenModel` promises that. Across kinds of machines nothing does, and where
+they round differently, a code may be read as another message without notice. The integer part is exact everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preconcert.core import CodingError
+from preconcert.models.arithmetic_coding import Code, Decoder, Encoder
+from preconcert.models.next_token import NextRequest, NextTokenModel
+from preconcert.prompts.message_spelling import Spelling
+
+TOTAL = 1 << 40
+"""What a distribution's frequencies sum to."""
+ESCAPE_BITS = 10
+"""What it costs to announce a message that has no spelling. All others pay 0.0014 bits for the possibility."""
+_FLAGS = 1 << ESCAPE_BITS
+_BYTE_GAIN = 16
+"""What a byte's count grows by when it is seen; all begin at 1."""
+_BYTES_END = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A distribution of the next symbol."""
+
+    symbols: tuple[int, ...] | None
+    """The symbols, ascending; None for 0, 1, 2 and so on."""
+    logprobs: NDArray[np.float64]
+    """Their natural log-probabilities, up to a constant."""
+
+
+class MessagePrior(Protocol):
+    """What sender and receiver expect of a message, given a context that both of them know."""
+
+    def spell(self, text: str) -> tuple[int, ...] | None:
+        """The message as symbols, its end included; None where they would not give the same text back."""
+        ...
+
+    def read(self, symbols: Sequence[int]) -> str:
+        """The message that symbols stand for."""
+        ...
+
+    def over(self, symbols: Sequence[int]) -> bool:
+        """Is the message complete?"""
+        ...
+
+    def expect(self, asked: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Expected]:
+        """The distribution of the next symbol in each of these contexts, after these symbols.
+
+        The answer to one must be the same bits whatever else is asked.
+        """
+        ...
+
+
+class ModelPrior:
+    """A language model's expectation.
+
+    Args:
+        model: that both sides have.
+        spelling: of the messages.
+        adapter: that both sides have; None for the base model.
+        prompt: the prompt of a context; by default contexts are prompts.
+    """
+
+    def __init__(
+        self,
+        model: NextTokenModel,
+        spelling: Spelling,
+        adapter: str | None = None,
+        prompt: Callable[[Any], tuple[int, ...]] | None = None,
+    ) -> None:
+        self.model = model
+        self.spelling = spelling
+        self.adapter = adapter
+        self._prompt = prompt
+
+    def spell(self, text: str) -> tuple[int, ...] | None:
+        """The message's tokens."""
+        return self.spelling.spell(text)
+
+    def read(self, symbols: Sequence[int]) -> str:
+        """The message of the tokens."""
+        return self.spelling.read(symbols)
+
+    def over(self, symbols: Sequence[int]) -> bool:
+        """Does the end of sequence stand there?"""
+        return bool(symbols) and symbols[-1] == self.spelling.eos
+
+    def expect(self, asked: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Expected]:
+        """Among the tokens that the spelling's automaton allows; what it forces is not asked of the model."""
+        requests: list[NextRequest] = []
+        answers: list[Expected | None] = []
+        for context, symbols in asked:
+            tokens = self._allowed(symbols)
+            if tokens is not None and len(tokens) == 1:
+                answers.append(Expected(tokens, np.zeros(1)))
+                continue
+            answers.append(None)
+            prompt = self._prompt(context) if self._prompt is not None else tuple(context)
+            requests.append(NextRequest(prompt + symbols, self.adapter, tokens))
+        found = iter(zip(requests, self.model.next_logprobs(requests), strict=True))
+        return [answer or Expected(*_of(next(found))) for answer in answers]
+
+    def _allowed(self, symbols: tuple[int, ...]) -> tuple[int, ...] | None:
+        automaton = self.spelling.automaton
+        if automaton is None:
+            return None
+        return tuple(sorted(automaton.transitions[automaton.walk(symbols)[-1]]))
+
+
+def _of(pair: tuple[NextRequest, NDArray[np.float64]]) -> tuple[tuple[int, ...] | None, NDArray[np.float64]]:
+    return pair[0].tokens, pair[1]
+
+
+class Table:
+    """A distribution in integers: where each symbol stands among the frequencies.
+
+    Args:
+        expected: the distribution.
+
+    Raises:
+        CodingError: it has no symbols, too many, or numbers that are none.
+    """
+
+    def __init__(self, expected: Expected) -> None:
+        self._symbols = None if expected.symbols is None else np.array(expected.symbols, dtype=np.int64)
+        frequencies = frequencies_of(expected.logprobs)
+        self._ends: NDArray[np.int64] = np.concatenate([[0], np.cumsum(frequencies)])
+
+    @property
+    def size(self) -> int:
+        """Number of symbols."""
+        return len(self._ends) - 1
+
+    def place(self, symbol: int) -> tuple[int, int]:
+        """Where a symbol's frequency begins and ends.
+
+        Raises:
+            CodingError: it is none of the symbols.
+        """
+        at = symbol
+        if self._symbols is not None:
+            at = int(self._symbols.searchsorted(symbol))
+            if at == self.size or int(self._symbols[at]) != symbol:
+                at = -1
+        if not 0 <= at < self.size:
+            raise CodingError(f"symbol {symbol} is none of the {self.size} that may stand there")
+        return int(self._ends[at]), int(self._ends[at + 1])
+
+    def symbol(self, target: int) -> int:
+        """The symbol that a number below the total falls into."""
+        at = int(self._ends.searchsorted(target, side="right")) - 1
+        return at if self._symbols is None else int(self._symbols[at])
+
+
+def frequencies_of(logprobs: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Integers in proportion to the probabilities, at least 1 each, that sum to `TOTAL`.
+
+    Raises:
+        CodingError: there are none, too many, or one is not a number.
+    """
+    count = len(logprobs)
+    if not 0 < count <= TOTAL >> 16:
+        raise CodingError(f"a distribution over {count} symbols cannot be coded with")
+    most = float(logprobs.max())
+    if not math.isfinite(most):
+        raise CodingError(f"a distribution has {most} as its largest log-probability")
+    weights = np.exp(logprobs - most)
+    found: NDArray[np.int64] = (weights / weights.sum() * (TOTAL - count)).astype(np.int64) + 1
+    found[int(logprobs.argmax())] += TOTAL - int(found.sum())
+    return found
+
+
+class ByteModel:
+    """Counts of the bytes seen so far, and of the end: what text without a spelling is coded with."""
+
+    def __init__(self) -> None:
+        self.counts = [1] * (_BYTES_END + 1)
+        self.total = len(self.counts)
+
+    def place(self, byte: int) -> tuple[int, int]:
+        """Where a byte's count begins and ends; 256 is the end of the text."""
+        low = sum(self.counts[:byte])
+        return low, low + self.counts[byte]
+
+    def symbol(self, target: int) -> int:
+        """The byte that a number below the total falls into."""
+        low = 0
+        for byte, count in enumerate(self.counts):
+            low += count
+            if target < low:
+                return byte
+        raise CodingError(f"{target} is not below {self.total}")
+
+    def see(self, byte: int) -> None:
+        """Count it."""
+        self.counts[byte] += _BYTE_GAIN
+        self.total += _BYTE_GAIN
+
+
+@dataclass(slots=True)
+class _Sending:
+    """A message under way into bits."""
+
+    context: Any
+    symbols: tuple[int, ...]
+    encoder: Encoder | None
+    """None where only the length is wanted."""
+    bits: float = 0.0
+    """Without the end."""
+    at: int = 0
+
+    def put(self, low: int, high: int, total: int) -> None:
+        """One symbol."""
+        self.bits += math.log2(total / (high - low))
+        if self.encoder is not None:
+            self.encoder.encode(low, high, total)
+
+
+@dataclass(slots=True)
+class _Receiving:
+    """A message on its way out of bits."""
+
+    context: Any
+    decoder: Decoder
+    symbols: list[int] = field(default_factory=list)
+    text: str | None = None
+    """As soon as it is known."""
+
+
+class MessageCoder:
+    """Messages to bits and back.
+
+    Distributions are held by context and symbols before, as many as fit; what a message costs beyond them is one call
+    of the prior per symbol, for many messages together.
+
+    Args:
+        prior: what both sides expect.
+        at_once: messages that are coded side by side.
+        held: numbers (symbols of all distributions together) that are kept.
+    """
+
+    def __init__(self, prior: MessagePrior, at_once: int = 128, held: int = 1 << 24) -> None:
+        self.prior = prior
+        self.at_once = at_once
+        self.held = held
+        self._tables: OrderedDict[tuple[Hashable, tuple[int, ...]], Table] = OrderedDict()
+        self._numbers = 0
+
+    def encode(self, messages: Sequence[tuple[Any, str]]) -> list[Code]:
+        """The bits of each message.
+
+        Args:
+            messages: context and text.
+        """
+        codes: list[Code] = []
+        for sending in self._sent(messages, True):
+            assert sending.encoder is not None
+            codes.append(sending.encoder.finish())
+        return codes
+
+    def bits(self, messages: Sequence[tuple[Any, str]]) -> list[float]:
+        """Each message's length as the coder sees it, without the at most two bits of its end: negative log2 of the
+        frequencies' shares. What a channel counts where the ends of messages are not what matters."""
+        return [sending.bits for sending in self._sent(messages, False)]
+
+    def decode(self, codes: Sequence[tuple[Any, Code]]) -> list[str]:
+        """The messages of codes.
+
+        Args:
+            codes: context and bits.
+
+        Raises:
+            CodingError: a code breaks off, or has bits left over.
+        """
+        texts: list[str] = []
+        for (_, code), (text, end) in zip(codes, self._received([(c, code, 0) for c, code in codes]), strict=True):
+            if end != code.length:
+                raise CodingError(f"{code.length - end} of {code.length} bits are left over after {text[:40]!r}")
+            texts.append(text)
+        return texts
+
+    def read(self, context: Any, code: Code, start: int = 0) -> tuple[str, int]:
+        """The message that begins at a place among bits, and the place where it ends.
+
+        Raises:
+            CodingError: the bits break off before.
+        """
+        [(text, end)] = self._received([(context, code, start)])
+        return text, end
+
+    # ---- sending
+
+    def _sent(self, messages: Sequence[tuple[Any, str]], really: bool) -> list[_Sending]:
+        done: list[_Sending] = []
+        for start in range(0, len(messages), self.at_once):
+            some = [self._begun(context, text, really) for context, text in messages[start : start + self.at_once]]
+            while live := [one for one in some if one.at < len(one.symbols)]:
+                tables = self._look_up([(one.context, one.symbols[: one.at]) for one in live])
+                for one, table in zip(live, tables, strict=True):
+                    one.put(*table.place(one.symbols[one.at]), TOTAL)
+                    one.at += 1
+            done += some
+        return done
+
+    def _begun(self, context: Any, text: str, really: bool) -> _Sending:
+        symbols = self.prior.spell(text)
+        sending = _Sending(context, symbols or (), Encoder() if really else None)
+        if symbols is not None:
+            sending.put(1, _FLAGS, _FLAGS)
+            return sending
+        sending.put(0, 1, _FLAGS)
+        model = ByteModel()
+        for byte in (*text.encode("utf-8", "surrogatepass"), _BYTES_END):
+            sending.put(*model.place(byte), model.total)
+            model.see(byte)
+        return sending
+
+    # ---- receiving
+
+    def _received(self, codes: Sequence[tuple[Any, Code, int]]) -> list[tuple[str, int]]:
+        found: list[tuple[str, int]] = []
+        for first in range(0, len(codes), self.at_once):
+            some = [
+                _opened(context, Decoder(code, start)) for context, code, start in codes[first : first + self.at_once]
+            ]
+            while live := [one for one in some if one.text is None]:
+                tables = self._look_up([(one.context, tuple(one.symbols)) for one in live])
+                for one, table in zip(live, tables, strict=True):
+                    symbol = table.symbol(one.decoder.target(TOTAL))
+                    one.decoder.decode(*table.place(symbol), TOTAL)
+                    one.decoder.finish()
+                    one.symbols.append(symbol)
+                    if self.prior.over(one.symbols):
+                        one.text = self.prior.read(one.symbols)
+            found += [(one.text or "", one.decoder.finish()) for one in some]
+        return found
+
+    # ---- distributions
+
+    def _look_up(self, asked: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Table]:
+        """The tables of contexts and symbols, from one call of the prior for those that are not held."""
+        here: dict[tuple[Any, tuple[int, ...]], Table] = {}
+        missing: dict[tuple[Any, tuple[int, ...]], None] = {}
+        for key in asked:
+            table = self._tables.get(key)
+            if table is None:
+                missing[key] = None
+            else:
+                self._tables.move_to_end(key)
+                here[key] = table
+        if missing:
+            for key, expected in zip(missing, self.prior.expect(list(missing)), strict=True):
+                here[key] = self._tables[key] = Table(expected)
+                self._numbers += here[key].size
+            while self._numbers > self.held and len(self._tables) > 1:
+                _, dropped = self._tables.popitem(last=False)
+                self._numbers -= dropped.size
+        return [here[key] for key in asked]
+
+
+def _opened(context: Any, decoder: Decoder) -> _Receiving:
+    """After the flag; text without a spelling is read at once."""
+    receiving = _Receiving(context, decoder)
+    if decoder.target(_FLAGS) > 0:
+        decoder.decode(1, _FLAGS, _FLAGS)
+        return receiving
+    decoder.decode(0, 1, _FLAGS)
+    model, content = ByteModel(), bytearray()
+    while True:
+        byte = model.symbol(decoder.target(model.total))
+        decoder.decode(*model.place(byte), model.total)
+        model.see(byte)
+        if byte == _BYTES_END:
+            break
+        content.append(byte)
+        decoder.finish()  # bits that break off would go on as zeros for ever
+    try:
+        receiving.text = content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise CodingError(f"the bytes of a message are no text: {error}") from error
+    return receiving
