@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from preconcert.core import ConfigError, UnknownNameError, nearest
-from preconcert.envs import make_env, task_class
+from preconcert.envs import TALK_ROUNDS, make_env, task_class, without_rounds
 
 if TYPE_CHECKING:  # it brings torch along, which takes seconds; a misspelt file name is answered at once
     from preconcert.training.recipe import Recipe
@@ -102,6 +102,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
         raise ConfigError(f"override {text!r} is not of the form key=value")
+    if key == f"params.{TALK_ROUNDS}":
+        raise ConfigError(f"override {text!r}: rounds of talk are set by channel.rounds")
     try:
         return key, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -112,16 +114,20 @@ def check_play(recipe: Recipe) -> None:
     """Try the task's name and parameters.
 
     Raises:
-        ConfigError: the task, one of its parameters or a channel's mode cannot be used.
+        ConfigError: the task, one of its parameters or a channel's setting cannot be used.
     """
+    from preconcert.agents.channel import check_topology
+
     found = task_class(recipe.task)
     params = getattr(found, "Params", None)
     if isinstance(params, type) and issubclass(params, BaseModel):
+        own = without_rounds(recipe.params)
         try:
-            params.model_validate(dict(recipe.params))
+            params.model_validate(own)
         except ValidationError as error:
-            raise ConfigError(describe(error, params, dict(recipe.params), "params.")) from None
-    make_env(recipe.task, recipe.params, 0, "train")
+            raise ConfigError(describe(error, params, own, "params.")) from None
+    env = make_env(recipe.task, recipe.params, 0, "train")
+    check_topology(recipe.channel.topology, env, recipe.task)
 
 
 def describe(error: ValidationError, model: type[BaseModel], content: Any, prefix: str = "") -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from preconcert.agents import ChannelMode, ChannelSettings, GenerativeTeam
 from preconcert.agents.planners import PlanningTeam
 from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
-from preconcert.envs import make_env, task_class
+from preconcert.envs import make_env, task_class, without_rounds
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
 from preconcert.training.json_file import write_json
@@ -38,6 +38,8 @@ FOLDER = "eval"
 """Where a run keeps its evaluations."""
 _WARM = "warm-start-"
 """Goes before an adapter's name where it is loaded as it was before reinforcement learning."""
+_NAMED_APART = ("mode", "drop")
+"""Settings of the channel that have words of their own in the names of arms."""
 _SIDE_BY_SIDE = 256
 """Episodes played at once."""
 
@@ -87,7 +89,9 @@ class Arm:
             title = f"{'warm start' if self.who is Who.WARM else 'trained'}, {'greedy' if self.greedy else 'sampled'}"
         if self.channel.mode is not ChannelMode.ON:
             title += f", messages {self.channel.mode.value}"
-        return title + (f", {self.channel.drop:.0%} lost" if self.channel.drop else "")
+        title += f", {self.channel.drop:.0%} lost" if self.channel.drop else ""
+        told = {key: value for key, value in _flat(self.channel.told()).items() if key not in _NAMED_APART}
+        return title + "".join(f", {key} {value}" for key, value in told.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +325,10 @@ def override_arms(held: ChannelSettings, asked: ChannelSettings) -> list[Arm]:
         return []
     parts = [asked.mode.value] if asked.mode != held.mode else []
     parts += [f"drop{asked.drop:g}"] if asked.drop != held.drop else []
+    before = _flat(held.model_dump(mode="json"))
+    for key, value in _flat(asked.model_dump(mode="json")).items():
+        if key not in _NAMED_APART and before.get(key, _flat) != value:
+            parts.append(f"{key}={value}")
     name = "-".join([Who.TRAINED.value, *parts])
     return [Arm(name, Who.TRAINED, asked), Arm(f"{name}-greedy", Who.TRAINED, asked, greedy=True)]
 
@@ -355,9 +363,10 @@ def evaluate(
     recipe = changed or held
     count = episodes or held.evaluation.episodes
     players = Players(run, recipe)
-    own = recipe.model_copy(update={"channel": held.channel})
-    arms = standard_arms(own, players.env)
-    extra = override_arms(held.channel, recipe.channel)
+    # Rounds of talk are a part of the task, which changes for all arms.
+    channel = held.channel.model_copy(update={"rounds": recipe.channel.rounds})
+    arms = standard_arms(recipe.model_copy(update={"channel": channel}), players.env)
+    extra = override_arms(channel, recipe.channel)
     known = {(arm.who, arm.channel, arm.greedy): arm.name for arm in arms if arm.opponent is None}
     arms += [arm for arm in extra if (arm.who, arm.channel, arm.greedy) not in known]
     wanted = (Who.TRAINED, recipe.channel, greedy)
@@ -408,7 +417,7 @@ def no_message_ceiling(recipe: Recipe) -> float | None:
     ceiling, params = getattr(found, "no_message_ceiling", None), getattr(found, "Params", None)
     if ceiling is None or params is None:
         return None
-    return ceiling(params.model_validate(dict(recipe.params)))
+    return ceiling(params.model_validate(without_rounds(recipe.params)))
 
 
 def differences(held: Recipe, changed: Recipe) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def judge(run: Path, recipe: Recipe, episodes: int, reporter: Reporter) -> dict[
         if name == "sampled":
             found["malformed"] = measures.malformed_rate
             found["message_bits_per_turn"] = measures.message_bits_per_turn
+            found["message_raw_bits_per_episode"] = measures.message_raw_bits_per_episode
+            found |= {f"messages_{fate}": share for fate, share in measures.message_fates.items()}
             found["intention_accuracy"] = measures.intention_accuracy
             found["forecast_exact_match"] = measures.forecast_exact_match
             found |= prediction_metrics(played, foretold(played, players.env.language))

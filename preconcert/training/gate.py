@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from preconcert.agents import ChannelMode, ChannelSettings
+from preconcert.agents import ChannelMode
 from preconcert.core import GateError, Policy, derive_seed
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -45,7 +45,7 @@ def run_gate(recipe: Recipe, team: Policy) -> GateResult:
         for number in range(recipe.gate.episodes)
     ]
     for mode in (ChannelMode.ON, ChannelMode.SHUFFLED):
-        channel = ChannelSettings(mode=mode, drop=recipe.channel.drop)
+        channel = recipe.channel.model_copy(update={"mode": mode})
         episodes = rollout(specs, team, channel, derive_seed(recipe.seed, "gate"))
         judged = [episode.success for episode in episodes if episode.success is not None]
         rates.append(sum(judged) / len(judged) if judged else None)

@@ -6,11 +6,11 @@ Every rate has its denominator beside it. A malformed turn counts as wrong in ev
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from preconcert.core import ConfigError, Episode, Observation, TaskLanguage, Turn
+from preconcert.core import ConfigError, Episode, Fate, Observation, TaskLanguage, Turn
 from preconcert.prompts import SpanSettings
 from preconcert.training.hindsight import reward_word
 
@@ -45,6 +45,11 @@ class Measures:
     message_bits_per_turn: float | None
     """Mean bits of the messages sent, under the senders' own model, per turn."""
     message_tokens_per_turn: float
+    message_raw_bits_per_episode: float
+    """Mean over episodes of what all agents together put into the channel, in bits without any model; a message to
+    several recipients counts once."""
+    message_fates: Mapping[str, float]
+    """Of all messages and recipients: the share that arrived, was erased, capped or late. Empty without any."""
     generated_tokens: int
     """Completion tokens, forced ones included."""
     returns: Mapping[str, float]
@@ -110,6 +115,8 @@ def measure(
         forecast_count=forecasts.count,
         message_bits_per_turn=sum(m.bits for m in said) / len(turns) if written and spans.say else None,
         message_tokens_per_turn=sum(m.tokens for m in said) / len(turns),
+        message_raw_bits_per_episode=_bits_sent(counted) / len(episodes),
+        message_fates=_fates(counted),
         generated_tokens=sum(len(turn.completion_ids) for turn in turns),
         returns={name: sum(found) / len(found) for name, found in sorted(paid.items())},
     )
@@ -124,6 +131,19 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return (max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+
+
+def _bits_sent(counted: Sequence[tuple[Episode, str]]) -> float:
+    """Each message once."""
+    return sum(
+        sum({each.sent_at: each.bits for each in episode.deliveries if each.sender == agent}.values())
+        for episode, agent in counted
+    )
+
+
+def _fates(counted: Sequence[tuple[Episode, str]]) -> dict[str, float]:
+    fates = Counter(each.fate for episode, agent in counted for each in episode.deliveries if each.sender == agent)
+    return {fate.value: fates[fate] / fates.total() for fate in Fate} if fates else {}
 
 
 class _Tally:

@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from preconcert.agents import AgentSettings, ChannelSettings
+from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings
 from preconcert.core import SpanKind
+from preconcert.envs import TALK_ROUNDS, with_rounds
 from preconcert.models import LoraSettings, StarterSettings
 from preconcert.training.credit import AgentCredit, CreditSettings, PredictionSettings, RewardMode, RewardSettings
 from preconcert.training.critic import CriticSettings
 from preconcert.training.imagination import ImaginationSettings
+from preconcert.training.latent_start import LatentStartSettings
 from preconcert.training.league import LeagueSettings
+from preconcert.training.rows import SpeechGradient
 from preconcert.training.update import Order, RatioLevel, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
 from preconcert.training.world_settings import WorldModelSettings
@@ -106,6 +109,8 @@ class GRPOSettings(BaseModel):
     prediction: PredictionSettings | None = None
     """Rewards for foretelling rightly, paid to the words of predictions alone; null: none. With one, the log says how
     true predictions are and how predictable the agents."""
+    speech: SpeechGradient = SpeechGradient.SCORE
+    """How senders of latent messages learn: `score`, `path` or `both`."""
     imagination: ImaginationSettings | None = None
     """Train on imagined games beside the real ones; null: on real ones only. Needs a `world_model`."""
     checkpoint_every: int = Field(5, ge=1)
@@ -173,6 +178,8 @@ class Recipe(BaseModel):
     """How messages travel."""
     warm_start: WarmStartSettings = WarmStartSettings()
     """Supervised fine-tuning before reinforcement learning."""
+    latent_start: LatentStartSettings = LatentStartSettings()
+    """Supervised fine-tuning of latent messages after it, where `agent.codec` is `latent`."""
     gate: GateSettings = GateSettings()
     """What the warm start must show."""
     algorithm: Algorithm = Algorithm.GRPO
@@ -213,6 +220,25 @@ class Recipe(BaseModel):
             return {**given, "adapters": Adapters.SHARED}
         return given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounds_in_one_place(cls, given: Any) -> Any:
+        """Rounds of talk belong to the task that is played: `channel.rounds` is written into its parameters."""
+        params = given.get("params", {}) if isinstance(given, Mapping) else None
+        if not isinstance(params, Mapping):
+            return given
+        channel = given.get("channel", {})
+        rounds = channel.get("rounds") if isinstance(channel, Mapping) else getattr(channel, "rounds", None)
+        if isinstance(channel, ChannelSettings) and "rounds" not in channel.model_fields_set:
+            rounds = None
+        if isinstance(rounds, int) and not isinstance(rounds, bool):
+            return {**given, "params": with_rounds(params, rounds)}
+        if rounds is None and TALK_ROUNDS in params:
+            told = {"rounds": params[TALK_ROUNDS]}
+            whole = channel.model_copy(update=told) if isinstance(channel, ChannelSettings) else {**channel, **told}
+            return {**given, "channel": whole}
+        return given
+
     @model_validator(mode="after")
     def _a_league_fits(self) -> Recipe:
         if self.league is None:
@@ -241,6 +267,12 @@ class Recipe(BaseModel):
             raise ValueError(f"grpo.credit={credit.type} does not look at a critic: set algorithm=grpo, or credit=gae")
         self._predictions_fit()
         self._imagination_fits()
+        self._latents_fit()
+        if self.channel.rounds > 1 and self.world_model is not None:
+            raise ValueError(
+                f"channel.rounds={self.channel.rounds} and a world_model do not go together: world models foretell "
+                "steps, and in a round of talk nothing moves"
+            )
         if self.grpo.entropy_end is not None and not self.grpo.entropy:
             raise ValueError(f"grpo.entropy_end={self.grpo.entropy_end:g} needs a grpo.entropy to begin with")
         if self.update.order is Order.SEQUENTIAL and self.grpo.accumulate > 1:
@@ -249,6 +281,21 @@ class Recipe(BaseModel):
                 f"{self.grpo.accumulate}"
             )
         return self
+
+    def _latents_fit(self) -> None:
+        """What cannot go with vectors."""
+        if self.agent.codec.type != "latent":
+            return
+        if not self.agent.spans.say:
+            raise ValueError("agent.codec=latent and agent.spans.say=false do not go together: nobody would talk")
+        if self.league is not None:
+            raise ValueError("agent.codec=latent and a league do not go together: opponents read no vectors")
+        if self.grpo.speech is not SpeechGradient.SCORE:
+            channel = self.channel
+            if self.grpo.gradient_checkpointing:
+                raise ValueError(f"grpo.speech={self.grpo.speech.value} does not go with gradient_checkpointing")
+            if channel.mode is not ChannelMode.ON:
+                raise ValueError(f"grpo.speech={self.grpo.speech.value} needs channel.mode=on, where messages arrive")
 
     def _predictions_fit(self) -> None:
         wanted = self.grpo.prediction

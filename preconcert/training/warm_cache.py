@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from preconcert.agents import SlotsSettings
+from preconcert.agents import AgentSettings, SlotsSettings
+from preconcert.agents.codecs import LatentCodecSettings
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.warm_start import WarmStartMethod
@@ -35,9 +36,17 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft")
 def warm_basis(recipe: Recipe) -> Recipe:
     """The recipe with everything at its default that the supervised phase does not read."""
     read = {name: getattr(recipe, name) for name in BASIS}
+    read["agent"] = in_words(recipe.agent)
     if recipe.world_model is not None:
         read["world_model"] = WorldModelSettings(**world_part(recipe))
     return Recipe(**read)
+
+
+def in_words(settings: AgentSettings) -> AgentSettings:
+    """The same agents talking in the task's own words, where they talk in vectors; they as they are otherwise."""
+    if not isinstance(settings.codec, LatentCodecSettings):
+        return settings
+    return settings.model_copy(update={"codec": SlotsSettings()})
 
 
 def world_part(recipe: Recipe) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def world_key(recipe: Recipe, assignment: Mapping[str, str]) -> str:
     assert section is not None
     content = _supervised(recipe, next(iter(assignment.values())))
     content["world_model"] = section.model_dump(mode="json", exclude={"refresh_every", "refresh_steps"})
-    content["channel"] = recipe.channel.model_dump(mode="json")
+    content["channel"] = recipe.channel.told()
     content["assignment"] = dict(assignment)
     return _hash(content)
 
