@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from preconcert.agents.codecs import CodecSettings, SlotsSettings, TurnCodec, codec_of
+from preconcert.agents.codecs import CodecSettings, LatentCodecSettings, SlotsSettings, TurnCodec, codec_of
 from preconcert.core import (
+    ConfigError,
     Forecast,
     GrammarError,
     Intention,
+    Latent,
     Message,
+    Observation,
     Span,
     SpanKind,
     TaskLanguage,
@@ -28,7 +31,15 @@ from preconcert.core import (
     TurnRequest,
     UnknownNameError,
 )
-from preconcert.models.language_model import Completion, CompletionEnd, GenerateRequest, LanguageModel
+from preconcert.models.language_model import (
+    Completion,
+    CompletionEnd,
+    GenerateRequest,
+    LanguageModel,
+    LatentModel,
+    Placed,
+    SpeakRequest,
+)
 from preconcert.prompts import SpanSettings, TurnContent, TurnFormat
 
 
@@ -59,6 +70,12 @@ class AgentSettings(BaseModel):
     """Allow only tokens that the grammar allows, in sampling and in the loss."""
     max_tokens: int = Field(96, ge=1)
     """Tokens per turn at the most, where the grammar does not bound them."""
+
+    @model_validator(mode="after")
+    def _vectors_stand_in_turns(self) -> AgentSettings:
+        if isinstance(self.codec, LatentCodecSettings) and self.context is not Context.TURN:
+            raise ValueError(f"codec=latent needs context=turn, not {self.context.value}")
+        return self
 
 
 def turn_format_of(tokenizer: Any, settings: AgentSettings, codec: TurnCodec) -> TurnFormat:
@@ -199,6 +216,10 @@ class GenerativeTeam:
     ) -> list[tuple[Turn, Memory]]:
         """One turn per request, from a single batch; `kept` says whether caches are worth keeping."""
         prompts = [self._prompt(request, memory) for request, memory in zip(requests, memories, strict=True)]
+        heard = [
+            self.heard(request.agent, request.observation, request.inbox, request.others, memory.actions)
+            for request, memory in zip(requests, memories, strict=True)
+        ]
         completions = self.model.generate(
             [
                 GenerateRequest(
@@ -212,15 +233,63 @@ class GenerativeTeam:
                     temperature=self.temperature,
                     session=f"{request.episode}/{request.agent}" if kept else None,
                     watch=frozenset(self._intended(request)),
+                    latents=latents,
                 )
-                for request, prompt in zip(requests, prompts, strict=True)
+                for request, prompt, latents in zip(requests, prompts, heard, strict=True)
             ]
         )
         self.tokens_generated += sum(len(completion.ids) for completion in completions)
-        return [
+        answers = [
             self._turn(request, memory, prompt, completion)
             for request, memory, prompt, completion in zip(requests, memories, prompts, completions, strict=True)
         ]
+        return self._spoken(requests, answers, heard) if self.codec.speech.vectors else answers
+
+    def heard(
+        self,
+        agent: str,
+        observation: Observation,
+        inbox: Sequence[Message],
+        others: Sequence[str],
+        memory: Sequence[str],
+    ) -> tuple[Placed, ...]:
+        """The latent messages of a prompt and where they stand in it; arguments as in `TurnFormat.prompt_ids`."""
+        received = {message.sender: message.latent for message in inbox if message.latent is not None}
+        if not received:
+            return ()
+        _, starts = self.format.prompt_with_places(agent, observation, inbox, others, memory)
+        return tuple(Placed(starts[sender], latent) for sender, latent in received.items() if sender in starts)
+
+    def _spoken(
+        self,
+        requests: Sequence[TurnRequest],
+        answers: Sequence[tuple[Turn, Memory]],
+        heard: Sequence[tuple[Placed, ...]],
+    ) -> list[tuple[Turn, Memory]]:
+        """The same turns with the vectors that their writers send."""
+        if not isinstance(self.model, LatentModel):
+            raise ConfigError(f"agent.codec=latent: {type(self.model).__name__} cannot write latent messages")
+        speaking = [place for place, (turn, _) in enumerate(answers) if turn.message is not None]
+        asked: list[SpeakRequest] = []
+        for place in speaking:
+            turn = answers[place][0]
+            if turn.adapter is None:
+                raise ConfigError(f"agent.codec=latent: agent {turn.agent!r} has no adapter, and so no codec")
+            ids = turn.prompt_ids + turn.completion_ids
+            asked.append(SpeakRequest(ids, turn.adapter, requests[place].seed, self.temperature, heard[place]))
+        found = list(answers)
+        for place, latent in zip(speaking, self.model.speak(asked) if asked else (), strict=True):
+            turn, memory = answers[place]
+            assert turn.message is not None
+            message = replace(
+                turn.message,
+                payload=" ".join(spelled(latent)),
+                bits=latent.bits,
+                tokens=len(latent.values),
+                latent=latent,
+            )
+            found[place] = replace(turn, message=message), memory
+        return found
 
     def _intended(self, request: TurnRequest) -> dict[int, dict[int, str]]:
         """By automaton state before a foretold action: the action that each token begins, where that is wanted."""
@@ -285,7 +354,7 @@ class GenerativeTeam:
             turn: as written: its message says to whom it goes, and has the words that it wrote as one, if any.
         """
         message = self.codec.encode(turn)
-        if message is None or self.codec.speech.slots:
+        if message is None or self.codec.speech.slots or self.codec.speech.vectors:
             return message
         return replace(message, tokens=len(self.format.encode(message.payload)))
 
@@ -308,6 +377,15 @@ class GenerativeTeam:
             tokens=sum(span.end - span.start for span in said[: len(words)]),
             sent_at=request.observation.step,
         )
+
+
+def spelled(latent: Latent) -> list[str]:
+    """A latent message for people, a word per vector: which level each number is on, or the number itself."""
+    half = (latent.levels - 1) / 2
+    return [
+        ",".join(f"{round(number * half + half)}" if latent.levels else f"{number:.2f}" for number in vector)
+        for vector in latent.values
+    ]
 
 
 def _logprob(completion: Completion, spans: Sequence[Span]) -> float:

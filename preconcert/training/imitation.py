@@ -8,6 +8,8 @@ show it messages in its own form, in turns as well as in inboxes:
 * for codecs whose messages follow from a turn (`raw-state`, `intention`) players talk to each other as they know how,
   and every message is put into the codec's words afterwards, also where it was read (`respoken`). What the sender
   foresaw and intended is then what really happened.
+
+`scripted_episodes` plays them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from preconcert.agents import TurnCodec
+from preconcert.agents import ChannelSettings, TurnCodec
 from preconcert.core import (
     Episode,
     Forecast,
@@ -28,7 +30,9 @@ from preconcert.core import (
 )
 from preconcert.prompts import DONE_WORDS, SpanSettings, TurnContent
 from preconcert.training.hindsight import hindsight_content
-from preconcert.training.rollout import ScriptedPolicy
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Reporter
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 
 
 class ShortSpoken(ScriptedPolicy):
@@ -101,3 +105,28 @@ def _foreknowing(turn: Turn, content: TurnContent, language: TaskLanguage) -> Tu
         forecast = Forecast(fields, content.reward, None if content.done is None else content.done == DONE_WORDS[1])
     intentions = tuple(Intention(about, actions, 1.0) for about, actions in content.intentions.items())
     return replace(turn, forecast=forecast, intentions=intentions)
+
+
+def scripted_episodes(recipe: Recipe, codec: TurnCodec, count: int, reporter: Reporter) -> list[Episode]:
+    """Training episodes of the recipe's scripted player, as a team with this codec is to imitate them.
+
+    Args:
+        recipe: its task, seed and `warm_start` count.
+        codec: of the team.
+        count: how many.
+        reporter: receives progress.
+    """
+    reporter.stage("scripted play", count)
+    episodes: list[Episode] = []
+    policy = ShortSpoken(recipe.warm_start.player, codec)
+    while len(episodes) < count:
+        numbers = range(len(episodes), min(count, len(episodes) + 500))
+        specs = [
+            EpisodeSpec(recipe.task, recipe.params, derive_seed(recipe.seed, "imitate", number) % 2**31, sample=number)
+            for number in numbers
+        ]
+        episodes += rollout(specs, policy, ChannelSettings(), derive_seed(recipe.seed, "imitate"))
+        reporter.advance(len(episodes))
+    if codec.speech.slots or not codec.talks:
+        return episodes
+    return [respoken(episode, codec, recipe.agent.spans) for episode in episodes]

@@ -78,6 +78,8 @@ class Seat:
 
     model: TransformersModel
     adapter: str
+    teacher: str | None = None
+    """The adapter that reads messages in words; None for the bare base."""
 
 
 Lines = Mapping[str, Sequence[Line]]
@@ -361,7 +363,7 @@ class LatentStart:
 
     @torch.no_grad()
     def _teach(self, moments: Sequence[Sequence[Line]]) -> list[Tensor]:
-        """What the bare bases would write next at the same words, having heard messages in words."""
+        """What the teachers would write next at the same words, having heard messages in words."""
         found: list[Tensor] = []
         for model, rows in self._by_model(moments):
             ids = torch.zeros((len(rows), max(len(line.teacher) for _, line in rows)), dtype=torch.long)
@@ -369,7 +371,7 @@ class LatentStart:
             for row, (_, line) in enumerate(rows):
                 ids[row, : len(line.teacher)] = torch.tensor(line.teacher)
                 mask[row, : len(line.teacher)] = 1
-            with AdapterRoute(model.base, [None] * len(rows)):
+            with AdapterRoute(model.base, [self.seats[line.agent].teacher for _, line in rows]):
                 hidden = model.base.base_model(
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
                 ).last_hidden_state

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,19 @@ from preconcert.models import UNCONSTRAINED, Placed, grammar_table
 from preconcert.prompts import Automaton
 from preconcert.training.credit import Number, TurnKey
 from preconcert.training.hindsight import hindsight_content, true_slots
+
+
+class SpeechGradient(StrEnum):
+    """How the sender of a latent message learns what to send."""
+
+    SCORE = "score"
+    """By the score function of the Gaussian that it is drawn from: right for any channel."""
+    PATH = "path"
+    """By the gradient of its receivers' losses through the message: for channels that are differentiable, those that
+    deliver, delay or add noise."""
+    BOTH = "both"
+    """By both."""
+
 
 KINDS = tuple(SpanKind)
 """What the numbers in `Row.kinds` stand for."""
@@ -111,6 +125,8 @@ class RowSettings:
     """Give the action a target too, the one taken, where the forecast before it came true."""
     trainable: frozenset[str]
     """Adapters that learn; turns of others give no row."""
+    speech: SpeechGradient = SpeechGradient.SCORE
+    """How senders of latent messages learn."""
     first_turn_only: bool = False
     """The policy loss is on the first turn of each episode alone: what follows was played to judge that turn."""
 
@@ -191,6 +207,10 @@ def _turn_row(
     if settings.hindsight and not turn.malformed:
         targets = _targets(episode, agent, index, others, team, settings.bind_action)
     assert turn.adapter is not None
+    heard = _heard(episode, agent, index, others, team)
+    latent = turn.message.latent if turn.message is not None else None
+    drawn = latent is not None and bool(latent.drawn) and settings.speech is not SpeechGradient.PATH
+    drawn &= SpanKind.SAY in settings.policy_spans and (index == 0 or not settings.first_turn_only)
     kinds = np.full(n, -1, dtype=np.int64)
     for span in turn.spans:
         kinds[span.start : span.end] = KINDS.index(span.kind)
@@ -207,7 +227,40 @@ def _turn_row(
         joint=np.full(n, joint, dtype=np.int64),
         kinds=kinds,
         name=f"{episode.group}:{episode.iteration}:{episode.sample}:{agent}:{index}",
+        heard=heard,
+        said=latent if drawn else None,
+        said_advantage=float(np.mean(advantage)) if drawn else 0.0,
+        sources=_sources(episode, turn, heard, team) if settings.speech is not SpeechGradient.SCORE else (),
     )
+
+
+def _heard(
+    episode: Episode, agent: str, index: int, others: tuple[str, ...], team: GenerativeTeam
+) -> tuple[Placed, ...]:
+    """The latent messages in a turn's prompt."""
+    turn = episode.trajectories[agent].turns[index]
+    done = [earlier.action for earlier in episode.trajectories[agent].turns[:index]]
+    return team.heard(agent, turn.observation, turn.inbox, others, done)
+
+
+def _sources(episode: Episode, turn: Turn, heard: Sequence[Placed], team: GenerativeTeam) -> tuple[Source, ...]:
+    """Where the latent messages of a turn came from; without an adapter where that is not known, because another
+    message arrived than was sent."""
+    found: list[Source] = []
+    received = [message for message in turn.inbox if message.latent is not None]
+    for message, placed in zip(received, heard, strict=True):
+        theirs = episode.trajectories[message.sender].turns
+        index = next((i for i, other in enumerate(theirs) if other.step == message.sent_at), None)
+        source = Source((), "")
+        if index is not None:
+            sender = theirs[index]
+            sent = sender.message.latent if sender.message is not None else None
+            if sent is not None and sent.drawn and sent.drawn == placed.latent.drawn and sender.adapter is not None:
+                rest = tuple(other for other in episode.trajectories if other != message.sender)
+                before = _heard(episode, message.sender, index, rest, team)
+                source = Source(sender.prompt_ids + sender.completion_ids, sender.adapter, before)
+        found.append(source)
+    return tuple(found)
 
 
 def _targets(

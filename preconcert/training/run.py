@@ -30,11 +30,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig
 
-from preconcert.agents import ChannelSettings, GenerativeTeam, TurnCodec, codec_of, turn_format_of
+from preconcert.agents import GenerativeTeam, codec_of, turn_format_of
 from preconcert.core import (
     ConfigError,
     Env,
-    Episode,
     TrainingError,
     UnknownNameError,
     WorldModel,
@@ -49,13 +48,13 @@ from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
 from preconcert.training.imagination import ImaginedIn, Imaginer
-from preconcert.training.imitation import ShortSpoken, respoken
+from preconcert.training.imitation import scripted_episodes
 from preconcert.training.json_file import write_json
+from preconcert.training.latent_stage import train_latent_stage
 from preconcert.training.league import League, check_scripts, gather, learners_of
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
-from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable
 from preconcert.training.source import GameSource, record_name
 from preconcert.training.update import Order
@@ -109,6 +108,7 @@ def train(
         return out
     cache = WarmCache(warm_cache) if warm_cache is not None else None
     _one_at_a_time(rank, world, lambda: warm_start(recipe, out, env, assignment, reporter, cache))
+    _one_at_a_time(rank, world, lambda: train_latent_stage(recipe, out, env, assignment, reporter))
     if recipe.world_model is not None:
         _one_at_a_time(rank, world, lambda: train_stage(recipe, out, env, assignment, reporter, cache))
     model = load_model(recipe, out, out / "warm")
@@ -284,7 +284,7 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
     started = time.perf_counter()
     settings = basis.warm_start
     codec = codec_of(basis.agent.codec, env.language, basis.agent.spans)
-    episodes = _imitation_episodes(basis, codec, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
+    episodes = scripted_episodes(basis, codec, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
     source = basis.model
     if basis.model == STARTER:
         texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
@@ -322,23 +322,6 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
         "script_success": sum(judged) / len(judged) if judged else None,
     }
     write_json(folder / _IMITATION, found)
-
-
-def _imitation_episodes(recipe: Recipe, codec: TurnCodec, count: int, reporter: Reporter) -> list[Episode]:
-    reporter.stage("scripted play", count)
-    episodes: list[Episode] = []
-    policy = ShortSpoken(recipe.warm_start.player, codec)
-    while len(episodes) < count:
-        numbers = range(len(episodes), min(count, len(episodes) + 500))
-        specs = [
-            EpisodeSpec(recipe.task, recipe.params, derive_seed(recipe.seed, "imitate", number) % 2**31, sample=number)
-            for number in numbers
-        ]
-        episodes += rollout(specs, policy, ChannelSettings(), derive_seed(recipe.seed, "imitate"))
-        reporter.advance(len(episodes))
-    if codec.speech.slots or not codec.talks:
-        return episodes
-    return [respoken(episode, codec, recipe.agent.spans) for episode in episodes]
 
 
 def _save_base(model: TransformersModel, folder: Path) -> None:

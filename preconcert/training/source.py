@@ -108,6 +108,7 @@ class GameSource:
             bind_action=recipe.grpo.bind_action,
             trainable=trainable,
             first_turn_only=recipe.grpo.credit.branches,
+            speech=recipe.grpo.speech,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,11 +6,12 @@
 | `learned` | as many of these words as the sender likes | `learned` |
 | `raw-state` | the sender's observation | `raw_state` |
 | `intention` | what its turn intends and foresees | `intention` |
-| `latent` | a few vectors | |
+| `latent` | a few vectors | `latent` |
 """
 
 from preconcert.agents.codecs.codec import TurnCodec, bits_of
 from preconcert.agents.codecs.intention import IntentionCodec
+from preconcert.agents.codecs.latent import LatentTurnCodec
 from preconcert.agents.codecs.learned import LearnedCodec
 from preconcert.agents.codecs.raw_state import RawStateCodec
 from preconcert.agents.codecs.settings import (
@@ -23,12 +24,13 @@ from preconcert.agents.codecs.settings import (
     Words,
 )
 from preconcert.agents.codecs.slots import SlotsCodec
-from preconcert.core import ConfigError, TaskLanguage
+from preconcert.core import TaskLanguage
 from preconcert.prompts import SpanSettings
 
 __all__ = [
-    "CodecSettings", "IntentionCodec", "IntentionSettings", "LatentCodecSettings", "LearnedCodec", "LearnedSettings",
-    "RawStateCodec", "RawStateSettings", "SlotsCodec", "SlotsSettings", "TurnCodec", "Words", "bits_of", "codec_of",
+    "CodecSettings", "IntentionCodec", "IntentionSettings", "LatentCodecSettings", "LatentTurnCodec", "LearnedCodec",
+    "LearnedSettings", "RawStateCodec", "RawStateSettings", "SlotsCodec", "SlotsSettings", "TurnCodec", "Words",
+    "bits_of", "codec_of",
 ]
 
 
@@ -51,5 +53,5 @@ def codec_of(settings: CodecSettings, language: TaskLanguage, spans: SpanSetting
         case IntentionSettings():
             return IntentionCodec(language, spans, settings)
         case LatentCodecSettings():
-            raise ConfigError("agent.codec=latent: teams cannot write latent messages yet; use another codec")
+            return LatentTurnCodec(language, spans, settings)
     return SlotsCodec(language, spans)

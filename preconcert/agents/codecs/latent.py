@@ -9,7 +9,7 @@ from __future__ import annotations
 from preconcert.agents.codecs.codec import TurnCodec
 from preconcert.agents.codecs.settings import LatentCodecSettings
 from preconcert.core import Message, TaskLanguage, Turn
-from preconcert.prompts import Speech, SpanSettings
+from preconcert.prompts import SpanSettings, Speech
 
 
 class LatentTurnCodec(TurnCodec):
