@@ -23,7 +23,7 @@ from preconcert.training.credit import estimate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
 from preconcert.training.recipe import GateSettings, GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
-from preconcert.training.rows import GrammarTable, Row, build_rows
+from preconcert.training.rows import GrammarTable, Row, SpeechGradient, build_rows
 from preconcert.training.run import grpo_config
 from preconcert.training.source import GameSource
 from preconcert.training.update import UpdateSettings
@@ -103,6 +103,7 @@ def rows_of(
     policy_spans: frozenset[SpanKind] = ALL_SPANS,
     trainable: frozenset[str] = frozenset(AGENTS),
     table: GrammarTable | None = None,
+    speech: SpeechGradient = SpeechGradient.SCORE,
 ) -> tuple[list[Row], GrammarTable]:
     """The rows of a rollout; `advantage` says each turn's by its number, since an untrained team earns nothing."""
     table = GrammarTable() if table is None else table
@@ -110,7 +111,7 @@ def rows_of(
     if advantage is not None:
         credit = {key: advantage(number) for number, key in enumerate(credit)}
     settings = GameSource(recipe_of(), team, table, trainable, None).settings
-    settings = replace(settings, policy_spans=policy_spans, hindsight=hindsight)
+    settings = replace(settings, policy_spans=policy_spans, hindsight=hindsight, speech=speech)
     return build_rows(episodes, credit, team, table, settings), table
 
 
@@ -201,9 +202,17 @@ def gradients_of(
         trainer.training_step(trainer.model, [{}], None)
     found: dict[str, torch.Tensor] = {}
     for name in model.adapters:
-        for key, value in model.adapter_parameters(name).items():
+        for key, value in parameters_of(model, name).items():
             found[f"{name} {key}"] = torch.zeros_like(value) if value.grad is None else value.grad.clone()
     model.model.zero_grad()
+    return found
+
+
+def parameters_of(model: TransformersModel, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """An adapter's tensors, its codec's among them."""
+    found = dict(model.adapter_parameters(adapter))
+    if adapter in model.codecs:
+        found |= {f"codec.{key}": value for key, value in model.codecs[adapter].named_parameters()}
     return found
 
 
@@ -212,7 +221,7 @@ def weights_of(model: TransformersModel) -> dict[str, torch.Tensor]:
     return {
         f"{name} {key}": value.detach().clone()
         for name in model.adapters
-        for key, value in model.adapter_parameters(name).items()
+        for key, value in parameters_of(model, name).items()
     }
 
 

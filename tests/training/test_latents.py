@@ -1,0 +1,241 @@
+"""Latent messages under reinforcement learning: gradients against losses written by hand, and what must not move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings, GenerativeTeam
+from preconcert.core import Episode, SpanKind
+from preconcert.models import AdapterRoute, Fill, Fills, LatentSettings, TransformersModel
+from preconcert.training.batch import collate
+from preconcert.training.rollout import rollout
+from preconcert.training.rows import GrammarTable, Row, SpeechGradient
+from tests.training.teams import (
+    AGENTS,
+    FixedSource,
+    gradients_of,
+    largest_difference,
+    parameters_of,
+    play,
+    rows_of,
+    specs,
+    team_on,
+    trainer_on,
+    weights_of,
+)
+
+SHAPE = {"tokens": 2, "dims": 3, "levels": 5}
+SETTINGS = AgentSettings(codec={"type": "latent", **SHAPE})
+
+
+@pytest.fixture
+def talking(starter: TransformersModel) -> TransformersModel:
+    """Both agents with codecs of their own."""
+    for seed, name in enumerate(AGENTS):
+        starter.add_codec(name, LatentSettings(**SHAPE), seed)
+    return starter
+
+
+def uneven(number: int) -> float:
+    """Advantages of both signs, some of them 0."""
+    return (0.7, -1.3, 0.0, 1.9, -0.4)[number % 5]
+
+
+def fill(vectors: torch.Tensor, start: int) -> Fill:
+    """Vectors in the only row, from a column on."""
+    count = len(vectors)
+    return Fill(torch.zeros(count, dtype=torch.long), torch.arange(start, start + count), vectors)
+
+
+def states(
+    model: TransformersModel, adapter: str, ids: Sequence[int], fills: Sequence[Fill], queries: bool
+) -> torch.Tensor:
+    """Hidden states of one text alone, with the adapter's queries after it."""
+    codec = model.codecs[adapter]
+    asked = [fill(codec.queries, len(ids))] if queries else []
+    block = torch.tensor([[*ids, *[0] * (len(codec.queries) if queries else 0)]])
+    with AdapterRoute(model.base, [adapter]), Fills(model.base, [*fills, *asked]):
+        return model.base.base_model(input_ids=block, use_cache=False).last_hidden_state[0]
+
+
+def by_hand(model: TransformersModel, rows: Sequence[Row], table: GrammarTable) -> dict[str, torch.Tensor]:
+    """The gradients of the same loss, row by row, by plain automatic differentiation."""
+    tokens, allowed = table.arrays()
+    items = sum(int(row.policy.sum()) for row in rows)
+    everything = {f"{name} {key}": p for name in AGENTS for key, p in parameters_of(model, name).items()}
+    wanted = {key: p.requires_grad for key, p in model.model.named_parameters()}
+    for parameter in everything.values():
+        parameter.requires_grad_(True)
+    loss = torch.zeros(())
+    for row in rows:
+        codec, fills = model.codecs[row.adapter], []
+        for number, placed in enumerate(row.heard):
+            values = torch.tensor(placed.latent.values)
+            source = row.sources[number] if row.sources else None
+            if source is not None and source.adapter:
+                theirs = model.codecs[source.adapter]
+                heard = [
+                    fill(theirs.embedded(torch.tensor(held.latent.values)[None])[0], held.start)
+                    for held in source.heard
+                ]
+                read = states(model, source.adapter, source.ids, heard, queries=True)
+                mean = theirs.mean(read[None, len(source.ids) :])[0]
+                drawn = torch.tensor(placed.latent.drawn)
+                assert torch.allclose(theirs.sent(drawn), values)
+                values = theirs.sent(drawn + mean - mean.detach())
+            fills.append(fill(codec.embedded(values[None])[0], placed.start))
+        ids, n = row.prompt_ids + row.completion_ids, len(row.completion_ids)
+        hidden = states(model, row.adapter, ids, fills, queries=row.said is not None)
+        logits = model.base.lm_head(hidden[len(row.prompt_ids) - 1 : len(ids) - 1])
+        for place, state in enumerate(row.allowed):
+            ban = torch.ones(logits.shape[1], dtype=torch.bool)
+            ban[tokens[allowed[state]]] = False
+            logits = logits.index_put((torch.tensor(place),), logits[place].masked_fill(ban, -1e9))
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(row.completion_ids)[:, None])[:, 0]
+        ratio = (logps - torch.from_numpy(row.logprobs)).exp()
+        loss = loss - (ratio * torch.from_numpy(row.advantages * row.policy)).sum() / items
+        if row.said is not None:
+            mean = codec.mean(hidden[None, len(ids) : len(ids) + len(codec.queries)])
+            density = codec.logprob(torch.tensor([row.said.drawn]), mean)[0]
+            ratio = (density - torch.tensor(row.said.logprobs)).exp()
+            assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-4)
+            loss = loss - (ratio * row.said_advantage).sum() / items
+        assert n == len(row.policy)
+    found = torch.autograd.grad(loss, list(everything.values()), allow_unused=True)
+    for key, parameter in model.model.named_parameters():
+        parameter.requires_grad_(wanted[key])
+    return {
+        key: torch.zeros_like(p) if g is None else g
+        for (key, p), g in zip(everything.items(), found, strict=True)
+    }
+
+
+@pytest.mark.parametrize("speech", list(SpeechGradient))
+def test_the_trainers_gradient_is_that_of_the_loss_by_hand(
+    talking: TransformersModel, tmp_path: Path, speech: SpeechGradient
+) -> None:
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), uneven, speech=speech)
+    assert any(row.heard for row in rows)
+    assert any(row.said is not None for row in rows) == (speech is not SpeechGradient.PATH)
+    assert any(row.sources for row in rows) == (speech is not SpeechGradient.SCORE)
+    expected = by_hand(talking, rows, table)
+    found = gradients_of(trainer_on(talking, FixedSource(rows), table, tmp_path), talking)
+    size = max(float(value.abs().max()) for value in expected.values())
+    assert size > 1e-3
+    assert float(expected["agent_0 codec.queries"].abs().max()) > 1e-6
+    assert largest_difference(found, expected) < 2e-5 * max(1.0, size)
+
+
+def test_padding_and_parts_change_no_gradient(talking: TransformersModel, tmp_path: Path) -> None:
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), uneven, speech=SpeechGradient.BOTH)
+    rows = rows[: len(rows) // 4 * 4 - 1]
+    whole, parts = (
+        gradients_of(trainer_on(talking, FixedSource(rows), table, tmp_path, minibatches=n, accumulate=n), talking)
+        for n in (1, 4)
+    )
+    assert largest_difference(whole, parts) < 1e-6
+    trainer = trainer_on(talking, FixedSource(rows), table, tmp_path, epochs=2)
+    padded = gradients_of(
+        trainer, talking, lambda batch: batch.update(collate(rows, trainer.adapter_names, 0, len(rows) + 5))
+    )
+    assert largest_difference(whole, padded) < 1e-6
+
+
+def only_listeners(rows: Sequence[Row], listener: str, with_speech: bool) -> list[Row]:
+    """Rows of which the listener's words alone are worth anything; what is said is worth what `with_speech` says."""
+    found: list[Row] = []
+    for row in rows:
+        worth = row.advantages if row.agent == listener else row.advantages * 0
+        found.append(replace(row, advantages=worth, said_advantage=1.0 if with_speech else 0.0))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(ChannelMode.ON, True), (ChannelMode.OFF, False), (ChannelMode.SHUFFLED, False)]
+)
+def test_the_sender_learns_through_the_message_exactly_where_its_own_arrived(
+    talking: TransformersModel, tmp_path: Path, mode: ChannelMode, expected: bool
+) -> None:
+    """The listener alone is rewarded; the sender has an adapter of its own."""
+    team = team_on(talking, SETTINGS)
+    episodes = rollout(specs(2, 3), team, ChannelSettings(mode=mode), 0)
+    rows, table = rows_of(team, episodes, lambda number: 1.0 + number, speech=SpeechGradient.PATH)
+    rows = only_listeners(rows, "agent_1", with_speech=False)
+    found = gradients_of(trainer_on(talking, FixedSource(rows), table, tmp_path), talking)
+    sender = max(float(value.abs().max()) for key, value in found.items() if key.startswith("agent_0 "))
+    listener = max(float(value.abs().max()) for key, value in found.items() if key.startswith("agent_1 "))
+    assert listener > 1e-4
+    assert (sender > 1e-6) if expected else sender == 0.0
+
+
+def test_by_the_score_the_sender_learns_exactly_where_its_messages_have_an_advantage(
+    talking: TransformersModel, tmp_path: Path
+) -> None:
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), lambda number: 1.0 + number)
+    sizes = []
+    for with_speech in (False, True):
+        chosen = only_listeners(rows, "agent_1", with_speech)
+        found = gradients_of(trainer_on(talking, FixedSource(chosen), table, tmp_path), talking)
+        sizes.append(max(float(value.abs().max()) for key, value in found.items() if key.startswith("agent_0 ")))
+    assert sizes[0] == 0.0
+    assert sizes[1] > 1e-4
+
+
+def test_groups_without_variance_and_frozen_agents_do_not_move(talking: TransformersModel, tmp_path: Path) -> None:
+    team = team_on(talking, SETTINGS)
+    for advantage, trainable in ((lambda number: 0.0, AGENTS), (uneven, AGENTS[:1])):
+        before = weights_of(talking)
+        rows, table = rows_of(
+            team, play(team), advantage, trainable=frozenset(trainable), speech=SpeechGradient.BOTH
+        )
+        trainer_on(talking, FixedSource(rows), table, tmp_path / str(len(trainable)), trainable).train()
+        after = weights_of(talking)
+        moved = {key.split()[0] for key, value in after.items() if not torch.equal(value, before[key])}
+        assert moved == (set() if trainable == AGENTS else {"agent_0"})
+
+
+def test_codecs_are_part_of_a_checkpoint(talking: TransformersModel, tmp_path: Path) -> None:
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), uneven)
+    trainer = trainer_on(talking, FixedSource(rows), table, tmp_path)
+    trainer._save_own(tmp_path)
+    before = weights_of(talking)
+    with torch.no_grad():
+        talking.codecs["agent_1"].queries.add_(1.0)
+    trainer._load_own(tmp_path)
+    assert largest_difference(weights_of(talking), before) == 0.0
+
+
+def test_rows_hold_what_was_heard_and_said(talking: TransformersModel) -> None:
+    team = team_on(talking, SETTINGS)
+    episodes: list[Episode] = play(team, 1, 2)
+    rows, _ = rows_of(team, episodes, speech=SpeechGradient.BOTH)
+    turns = [turn for e in episodes for t in e.trajectories.values() for turn in t.turns]
+    assert len(rows) == len(turns)
+    for row, turn in zip(rows, turns, strict=True):
+        assert turn.message is not None
+        assert row.said == turn.message.latent
+        assert turn.message.payload.count(",") == SHAPE["tokens"] * (SHAPE["dims"] - 1)
+        assert [placed.latent for placed in row.heard] == [message.latent for message in turn.inbox]
+        assert all(span.kind is not SpanKind.SAY for span in turn.spans)
+        assert not row.heard or all(source.adapter for source in row.sources)
+        quiet = {row.prompt_ids[placed.start + j] for placed in row.heard for j in range(SHAPE["tokens"])}
+        assert quiet <= set(team.format.encode("quiet"))
+
+
+def test_a_turn_is_the_same_whatever_else_is_in_the_batch(talking: TransformersModel) -> None:
+    team: GenerativeTeam = team_on(talking, SETTINGS)
+    alone = rollout(specs(1, 1), team, ChannelSettings(), 0)[0]
+    together = rollout(specs(2, 3), team, ChannelSettings(), 0)[0]
+    for agent in AGENTS:
+        one, other = (e.trajectories[agent].turns for e in (alone, together))
+        assert [t.completion_ids for t in one] == [t.completion_ids for t in other]
+        assert [t.message and t.message.payload for t in one] == [t.message and t.message.payload for t in other]
