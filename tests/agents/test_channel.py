@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from preconcert.agents import Channel, ChannelMode, ChannelSettings
-from preconcert.core import Message
+from preconcert.agents.channel import Messenger, Nearest, Pairs, Scene, check_topology
+from preconcert.core import ConfigError, Delivery, Fate, Message, UnknownNameError
+from preconcert.envs import make_env
 
 
 def say(sender: str, step: int, payload: str, *recipients: str) -> Message:
@@ -93,7 +97,141 @@ def test_a_loss_does_not_depend_on_the_company() -> None:
     assert {e: run({e: g})[e] for e, g in everyone.items()} == together
 
 
+def test_everything_lost_is_as_good_as_off() -> None:
+    lossy, off = (Channel(ChannelSettings(**s), 0) for s in ({"drop": 1.0}, {"mode": "off"}))  # type: ignore[arg-type]
+    for channel in (lossy, off):
+        for step in range(3):
+            channel.transmit({"e": [say("a", step, "one", "b", "c")]}, {"e": "g"}, step)
+        assert channel.inbox("e", "b") == channel.inbox("e", "c") == ()
+    assert {each.fate for each in lossy.deliveries("e")} == {Fate.ERASED}
+    assert off.deliveries("e") == (), "nothing was sent"
+
+
+def test_every_message_and_recipient_leaves_a_record() -> None:
+    channel = Channel(ChannelSettings(), 0)
+    word = replace(say("a", 0, "one", "b", "c"), word_bits=(2.0,))
+    channel.transmit({"e": [word, say("b", 0, "two", "a")], "f": []}, {"e": "g", "f": "g"}, 0)
+    channel.too_late({"e": [say("c", 1, "three", "a")]}, 1)
+    assert channel.deliveries("e") == (
+        Delivery("a", "b", 0, Fate.ARRIVED, 1, 2.0),
+        Delivery("a", "c", 0, Fate.ARRIVED, 1, 2.0),
+        Delivery("b", "a", 0, Fate.ARRIVED, 1, 0.0),
+        Delivery("c", "a", 1, Fate.LATE, None, 0.0),
+    )
+    assert channel.inbox("e", "a")[0].payload == "two", "what comes too late is not read"
+    assert channel.deliveries("f") == ()
+    channel.close("e")
+    assert channel.deliveries("e") == ()
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_a_delayed_message_arrives_exactly_then(delay: int) -> None:
+    channel, steps = Channel(ChannelSettings(delay=delay), 0), 8
+    for step in range(steps):
+        inbox = channel.inbox("e", "b")
+        assert [m.payload for m in inbox] == ([f"w{step - 1 - delay}"] if step > delay else [])
+        channel.transmit({"e": [say("a", step, f"w{step}")]}, {"e": "g"}, step)
+    for step, each in enumerate(channel.deliveries("e")):
+        late = step + 1 + delay > steps
+        assert (each.sent_at, each.fate) == (step, Fate.LATE if late else Fate.ARRIVED)
+        assert each.arrived_at == (None if late else step + 1 + delay)
+
+
+def test_a_fork_goes_on_from_everything_that_is_held() -> None:
+    settings = ChannelSettings(delay=1, cap_episode_bits=4.0)
+    channel, straight = Channel(settings, 0), Channel(settings, 0)
+
+    def send(on: Channel, episode: str, step: int) -> None:
+        on.transmit({episode: [replace(say("a", step, f"w{step}"), word_bits=(2.0,))]}, {episode: "g"}, step)
+
+    for on in (channel, straight):
+        send(on, "e", 0)
+    channel.fork("e", "f")
+    channel.close("e")
+    for step in (1, 2, 3):
+        send(channel, "f", step)
+        send(straight, "e", step)
+        assert channel.inbox("f", "b") == straight.inbox("e", "b")
+    assert channel.deliveries("f") == straight.deliveries("e")
+    fates = [each.fate for each in channel.deliveries("f")]
+    assert fates == [Fate.ARRIVED, Fate.ARRIVED, Fate.CAPPED, Fate.CAPPED], "what was spent before counts"
+    assert channel.inbox("e", "b") == ()
+
+
+def test_a_fork_and_its_origin_are_apart() -> None:
+    channel = Channel(ChannelSettings(delay=1), 0)
+    channel.transmit({"e": [say("a", 0, "one")]}, {"e": "g"}, 0)
+    channel.fork("e", "f")
+    channel.transmit({"f": []}, {"f": "g"}, 1)
+    assert heard(channel, "f", "b") == {"a": "one"}
+    assert heard(channel, "e", "b") == {}
+    assert channel.deliveries("e")[0].fate is Fate.LATE
+
+
+NAMES = ("a", "b", "c", "d")
+
+
+def reached(topology: Any, positions: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, str]:
+    channel = Channel(ChannelSettings(topology=topology), 0)
+    sent = [say(name, 0, "one", *(other for other in NAMES if other != name)) for name in NAMES]
+    channel.transmit({"e": sent}, {"e": "g"}, 0, {"e": Scene(positions=positions)})
+    found: dict[str, list[str]] = {name: [] for name in NAMES}
+    for name in NAMES:
+        for message in channel.inbox("e", name):
+            assert name in message.recipients
+            found[message.sender].append(name)
+    records = sorted((each.sender, each.recipient) for each in channel.deliveries("e"))
+    assert records == sorted((sender, name) for sender, names in found.items() for name in names)
+    return {sender: "".join(names) for sender, names in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("broadcast", {"a": "bcd", "b": "acd", "c": "abd", "d": "abc"}),
+        ({"type": "pairs", "pairs": {"a": ["b", "d"], "c": ["a"]}}, {"a": "bd", "b": "", "c": "a", "d": ""}),
+        ({"type": "pairs", "pairs": [["a", "b"], ["c", "b"]]}, {"a": "b", "b": "ac", "c": "b", "d": ""}),
+        ({"type": "messenger", "name": "c"}, {"a": "c", "b": "c", "c": "abd", "d": "c"}),
+        ({"type": "nearest", "k": 1}, {"a": "b", "b": "a", "c": "b", "d": "c"}),
+        ({"type": "nearest", "k": 2}, {"a": "bc", "b": "ac", "c": "ab", "d": "bc"}),
+        ({"type": "nearest", "k": 9}, {"a": "bcd", "b": "acd", "c": "abd", "d": "abc"}),
+    ],
+)
+def test_who_hears_whom(topology: Any, expected: Mapping[str, str]) -> None:
+    assert reached(topology, {"a": (0, 0), "b": (0, 1), "c": (1, 2), "d": (5, 5)}) == expected
+
+
+def test_of_equally_near_agents_the_first_ones_hear() -> None:
+    assert reached({"type": "nearest", "k": 1}, dict.fromkeys(NAMES, (2, 2)))["d"] == "a"
+
+
+def test_a_topology_must_fit_the_task() -> None:
+    grid, signal = make_env("rendezvous", {}, 0), make_env("signal", {}, 0)
+    check_topology(Nearest(k=1), grid, "rendezvous")
+    check_topology(Nearest(k=1), make_env("rendezvous", {"talk_rounds": 2}, 0), "rendezvous")
+    with pytest.raises(ConfigError, match=r"signal does not say where agents are; give it a `positions\(\)`"):
+        check_topology(Nearest(k=1), signal, "signal")
+    with pytest.raises(UnknownNameError, match="did you mean 'agent_0'"):
+        check_topology(Messenger(name="agnt_0"), grid, "rendezvous")
+    with pytest.raises(UnknownNameError, match="'agent_2'"):
+        check_topology(Pairs(pairs={"agent_0": ("agent_2",)}), grid, "rendezvous")
+    with pytest.raises(ConfigError, match="nobody says where 'a' is"):
+        reached({"type": "nearest", "k": 1})
+
+
+def test_plain_settings_tell_what_they_always_told() -> None:
+    assert ChannelSettings().told() == {"mode": "on", "drop": 0.0}
+    assert ChannelSettings(delay=2, topology=Nearest(k=2)).told() == {
+        "mode": "on", "drop": 0.0, "delay": 2, "topology": {"type": "nearest", "k": 2},
+    }  # fmt: skip
+
+
 def test_settings_are_checked() -> None:
-    for wrong in ({"drop": 1.5}, {"mode": "loud"}, {"dorp": 0.1}):
+    wrongs: list[dict[str, Any]] = [
+        {"drop": 1.5}, {"mode": "loud"}, {"dorp": 0.1}, {"delay": -1}, {"rounds": 0}, {"truncate": 0}, {"noise": -1},
+        {"cap_bits": -1}, {"substitute": 2}, {"topology": "star"}, {"topology": {"k": 2}}, {"topology": "nearest"},
+        {"topology": {"type": "pairs", "pairs": [["a"]]}}, {"topology": {"type": "nearest", "k": 0}},
+    ]  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(ValidationError):
-            ChannelSettings(**wrong)  # type: ignore[arg-type]
+            ChannelSettings(**wrong)

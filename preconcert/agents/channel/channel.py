@@ -43,7 +43,7 @@ class _Sent:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Letter:
     """One message as it goes into the channel."""
 

@@ -70,5 +70,6 @@ class ChannelSettings(BaseModel):
 
     def told(self) -> dict[str, Any]:
         """Mode and loss, and whatever else is not at its default, as plain values."""
-        told = self.model_dump(mode="json", exclude_defaults=True)
-        return {"mode": self.mode.value, "drop": self.drop, **told}
+        usual = ChannelSettings().model_dump(mode="json")
+        told = self.model_dump(mode="json")
+        return {key: value for key, value in told.items() if key in ("mode", "drop") or value != usual[key]}
