@@ -1,4 +1,4 @@
-"""The embedded default: a small Qwen3-shaped model with a word-level tokenizer, made on the spot from a seed.
+"""The embedded default: a small Qwen3- or Llama-shaped model with a word-level tokenizer, made on the spot from a seed.
 
 The folder is an ordinary Hugging Face checkpoint, so what works with the starter works with a downloaded model. The
 weights are random, in a scaled initialisation that fine-tuning can work from; nothing is downloaded.
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
@@ -19,12 +20,23 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from preconcert.core import ModelError
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 """The special words, with token ids 0, 1 and 2."""
+_FAMILIES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 
 
 class StarterSettings(BaseModel):
@@ -32,6 +44,8 @@ class StarterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    family: Literal["qwen3", "llama"] = "qwen3"
+    """Architecture."""
     layers: PositiveInt = 3
     """Transformer blocks."""
     width: PositiveInt = 64
@@ -108,9 +122,10 @@ def word_tokenizer(words: Sequence[str], max_context: int) -> PreTrainedTokenize
     )
 
 
-def starter_model(vocabulary_size: int, seed: int, settings: StarterSettings) -> Qwen3ForCausalLM:
+def starter_model(vocabulary_size: int, seed: int, settings: StarterSettings) -> PreTrainedModel:
     """The model in memory: float32, tied embeddings."""
-    config = Qwen3Config(
+    config_class, model_class = _FAMILIES[settings.family]
+    config = config_class(
         vocab_size=vocabulary_size,
         hidden_size=settings.width,
         intermediate_size=settings.ffn,
@@ -126,7 +141,7 @@ def starter_model(vocabulary_size: int, seed: int, settings: StarterSettings) ->
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
-        model = Qwen3ForCausalLM(config)
+        model = model_class(config)
     generator = torch.Generator().manual_seed(seed)
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from preconcert.agents import AgentSettings, SlotsSettings
 from preconcert.agents.codecs import LatentCodecSettings
+from preconcert.models import StarterSettings
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.warm_start import WarmStartMethod
@@ -89,6 +90,8 @@ def _supervised(recipe: Recipe, first_adapter: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
     if content["agent"]["codec"] == SlotsSettings().model_dump(mode="json"):
         del content["agent"]["codec"]  # as it was before there were others
+    if content["starter"]["family"] == StarterSettings().family:
+        del content["starter"]["family"]
     if recipe.world_model is not None:  # recipes without one keep the keys that they always had
         content["world_model"] = world_part(recipe)
     content["adapter"] = first_adapter if recipe.warm_start.method is WarmStartMethod.LORA else None
