@@ -137,6 +137,8 @@ def _of(pair: tuple[NextRequest, NDArray[np.float64]]) -> tuple[tuple[int, ...] 
 class Table:
     """A distribution in integers: where each symbol stands among the frequencies.
 
+    The likeliest comes first: what begins at 0 has the shortest end, so that likely messages end soonest.
+
     Args:
         expected: the distribution.
 
@@ -145,14 +147,17 @@ class Table:
     """
 
     def __init__(self, expected: Expected) -> None:
-        self._symbols = None if expected.symbols is None else np.array(expected.symbols, dtype=np.int64)
         frequencies = frequencies_of(expected.logprobs)
-        self._ends: NDArray[np.int64] = np.concatenate([[0], np.cumsum(frequencies)])
+        order = np.argsort(-frequencies, kind="stable")
+        symbols = np.arange(len(order)) if expected.symbols is None else np.array(expected.symbols, dtype=np.int64)
+        self._symbols: NDArray[np.int64] = symbols[order]
+        self._ranked = np.argsort(self._symbols)
+        self._ends: NDArray[np.int64] = np.concatenate([[0], np.cumsum(frequencies[order])])
 
     @property
     def size(self) -> int:
         """Number of symbols."""
-        return len(self._ends) - 1
+        return len(self._symbols)
 
     def place(self, symbol: int) -> tuple[int, int]:
         """Where a symbol's frequency begins and ends.
@@ -160,19 +165,15 @@ class Table:
         Raises:
             CodingError: it is none of the symbols.
         """
-        at = symbol
-        if self._symbols is not None:
-            at = int(self._symbols.searchsorted(symbol))
-            if at == self.size or int(self._symbols[at]) != symbol:
-                at = -1
-        if not 0 <= at < self.size:
+        rank = int(self._symbols.searchsorted(symbol, sorter=self._ranked))
+        at = int(self._ranked[rank]) if rank < self.size else -1
+        if at < 0 or int(self._symbols[at]) != symbol:
             raise CodingError(f"symbol {symbol} is none of the {self.size} that may stand there")
         return int(self._ends[at]), int(self._ends[at + 1])
 
     def symbol(self, target: int) -> int:
         """The symbol that a number below the total falls into."""
-        at = int(self._ends.searchsorted(target, side="right")) - 1
-        return at if self._symbols is None else int(self._symbols[at])
+        return int(self._symbols[int(self._ends.searchsorted(target, side="right")) - 1])
 
 
 def frequencies_of(logprobs: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -262,7 +263,7 @@ class MessageCoder:
         held: numbers (symbols of all distributions together) that are kept.
     """
 
-    def __init__(self, prior: MessagePrior, at_once: int = 128, held: int = 1 << 24) -> None:
+    def __init__(self, prior: MessagePrior, at_once: int = 128, held: int = 1 << 22) -> None:
         self.prior = prior
         self.at_once = at_once
         self.held = held
@@ -329,9 +330,9 @@ class MessageCoder:
         symbols = self.prior.spell(text)
         sending = _Sending(context, symbols or (), Encoder() if really else None)
         if symbols is not None:
-            sending.put(1, _FLAGS, _FLAGS)
+            sending.put(0, _FLAGS - 1, _FLAGS)
             return sending
-        sending.put(0, 1, _FLAGS)
+        sending.put(_FLAGS - 1, _FLAGS, _FLAGS)
         model = ByteModel()
         for byte in (*text.encode("utf-8", "surrogatepass"), _BYTES_END):
             sending.put(*model.place(byte), model.total)
@@ -384,10 +385,10 @@ class MessageCoder:
 def _opened(context: Any, decoder: Decoder) -> _Receiving:
     """After the flag; text without a spelling is read at once."""
     receiving = _Receiving(context, decoder)
-    if decoder.target(_FLAGS) > 0:
-        decoder.decode(1, _FLAGS, _FLAGS)
+    if decoder.target(_FLAGS) < _FLAGS - 1:
+        decoder.decode(0, _FLAGS - 1, _FLAGS)
         return receiving
-    decoder.decode(0, 1, _FLAGS)
+    decoder.decode(_FLAGS - 1, _FLAGS, _FLAGS)
     model, content = ByteModel(), bytearray()
     while True:
         byte = model.symbol(decoder.target(model.total))
