@@ -24,6 +24,7 @@ from preconcert.core import (
     Latent,
     Message,
     Observation,
+    Slot,
     Span,
     SpanKind,
     TaskLanguage,
@@ -346,6 +347,10 @@ class GenerativeTeam:
             adapter=self.adapter_of(request),
         )
         return replace(turn, message=self.message_of(turn)), after
+
+    def message_slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        """The words that can stand in each place of a message to these agents; see `TurnCodec.slots`."""
+        return self.codec.slots(others)
 
     def message_of(self, turn: Turn) -> Message | None:
         """What a turn sends, made by the codec.

@@ -392,8 +392,9 @@ def _scene(state: Running, policies: Policies) -> Scene:
     for agent in state.env.agents:
         player = state.spec.cast.get(agent)
         by_script = player is not None and player.startswith(SCRIPT)
-        # A policy whose messages have another form than the task's own says which.
-        own = None if by_script else getattr(_policy_of(policies, agent), "message_slots", None)
+        # A policy whose messages may have another form than the task's own says which.
+        asked = None if by_script else getattr(_policy_of(policies, agent), "message_slots", None)
+        own = None if asked is None else asked([other for other in state.env.agents if other != agent])
         slots[agent] = state.env.language.message if own is None else own
     return Scene(slots, positions_of(state.env))
 

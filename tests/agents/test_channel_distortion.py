@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ def say(payload: str, step: int, sender: str = "s") -> Message:
     return Message(sender, ("r", "q"), payload, 1.0, 2, step)
 
 
-def send(values: Sequence[Sequence[float]], step: int, levels: int = 0) -> Message:
-    latent = Latent(tuple(map(tuple, values)), levels)
+def send(values: Any, step: int, levels: int = 0) -> Message:
+    latent = Latent(tuple(tuple(map(float, vector)) for vector in values), levels)
     return Message("s", ("r", "q"), " ".join(["<v>"] * len(values)), 0.0, len(values), step, (), latent)
 
 

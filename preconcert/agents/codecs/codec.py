@@ -7,10 +7,10 @@ language and to the spans of a turn, and holds no state.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
-from preconcert.core import Message, TaskLanguage, Turn
+from preconcert.core import Message, Slot, TaskLanguage, Turn
 from preconcert.prompts import SpanSettings, Speech
 
 
@@ -48,6 +48,15 @@ class TurnCodec:
     def decode(self, message: Message) -> str:
         """The words that the receiver reads; none for silence."""
         return message.payload
+
+    def slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        """The words that can stand in each place of a message, for channels that put others there; empty where there
+        are none or they are not known.
+
+        Args:
+            others: the other agents of the episode, in its order.
+        """
+        return self.speech.slots
 
     def shortened(self, words: str, seed: int) -> str:
         """What a scripted player says of what it would say.

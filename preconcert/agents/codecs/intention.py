@@ -8,11 +8,11 @@ log2 of how many could stand in its place; all of them are closed sets of the ta
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from preconcert.agents.codecs.codec import TurnCodec, bits_of, filled
 from preconcert.agents.codecs.settings import IntentionSettings
-from preconcert.core import Message, SpanKind, TaskLanguage, Turn, UnknownNameError
+from preconcert.core import Message, Slot, SpanKind, TaskLanguage, Turn, UnknownNameError
 from preconcert.prompts import DONE_WORDS, END_OF_PLAY, SpanSettings, Speech
 
 _FORETOLD = ("reward", "done")
@@ -31,13 +31,23 @@ class IntentionCodec(TurnCodec):
         self.settings = settings
         self._fields = language.forecast if spans.foresee and settings.forecast else ()
         self._foretells = spans.foresee and settings.reward and bool(language.rewards)
-        foretold = language.actions if spans.intend_steps == 1 else (*language.actions, END_OF_PLAY)
-        self._action, self._expected = bits_of(language.actions), bits_of(foretold)
+        self._foretold = language.actions if spans.intend_steps == 1 else (*language.actions, END_OF_PLAY)
+        self._action, self._expected = bits_of(language.actions), bits_of(self._foretold)
         parts = ["what it does", *(f"what it foresees of {slot.name}" for slot in self._fields)]
         parts += ["the reward it foresees", "whether it is over then"] if self._foretells else []
         parts += ["what it expects others to do"] if spans.intend and settings.about != () else []
         note = f"What another agent is said to have said is, in this order, {', '.join(parts)}."
         super().__init__(language, spans, Speech(note=note))
+
+    def slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        """The plan's words in their order."""
+        found = [Slot("action", self.language.actions), *self._fields]
+        if self._foretells:
+            found += [Slot("reward", self.language.rewards), Slot("done", DONE_WORDS)]
+        for other in others if self.spans.intend else ():
+            if self.settings.about is None or other in self.settings.about:
+                found += [Slot(f"{other} {step}", self._foretold) for step in range(self.spans.intend_steps)]
+        return tuple(found)
 
     def encode(self, turn: Turn) -> Message | None:
         """The turn's plan in words; bits are those of these very words under the sender's own model."""

@@ -7,8 +7,10 @@ that observations of the task contain, or the end: log2(words + 1) each, the end
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from preconcert.agents.codecs.codec import TurnCodec, bits_of, filled
-from preconcert.core import ConfigError, Message, TaskLanguage, Turn
+from preconcert.core import ConfigError, Message, Slot, TaskLanguage, Turn
 from preconcert.prompts import SpanSettings, Speech
 
 
@@ -34,6 +36,14 @@ class RawStateCodec(TurnCodec):
         if language.view is not None:
             for field in language.view.fields:
                 self._lengths += (0.0,) * len(field.label.split()) + (bits_of(field.choices),)
+
+    def slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        """Labels, and the values of the view's fields; not known without a view."""
+        found: list[Slot] = []
+        for field in () if self.language.view is None else self.language.view.fields:
+            found += [Slot(f"{field.name} label", (word,)) for word in field.label.split()]
+            found.append(Slot(field.name, field.choices))
+        return tuple(found)
 
     def encode(self, turn: Turn) -> Message | None:
         """What was seen. Given the observation nothing about it is left to chance, so its own model needs 0 bits.

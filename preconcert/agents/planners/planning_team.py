@@ -16,7 +16,7 @@ from preconcert.agents.planners.horizon import HorizonTracker
 from preconcert.agents.planners.paths import Critic, Moment, Plan
 from preconcert.agents.planners.settings import Beam, BestOfK, PlannerSettings, Tree
 from preconcert.agents.planners.tree import tree_search
-from preconcert.core import Rehearsing, Turn, TurnRequest, WorldModel
+from preconcert.core import Rehearsing, Slot, Turn, TurnRequest, WorldModel
 
 
 class PlanningTeam:
@@ -63,6 +63,11 @@ class PlanningTeam:
         """Number of updates behind an adapter."""
         asked = getattr(self.policy, "version_of", None)
         return self.policy.version if asked is None else int(asked(adapter))
+
+    def message_slots(self, others: Sequence[str]) -> tuple[Slot, ...] | None:
+        """Those of the policy; None where it has none of its own."""
+        asked = getattr(self.policy, "message_slots", None)
+        return None if asked is None else tuple(asked(others))
 
     def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         """One planned turn per request, in order; `Turn.candidates` holds what was weighed."""
