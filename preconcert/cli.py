@@ -588,7 +588,7 @@ def _replays(
 
     players = Players(run, recipe)
     specs = [EpisodeSpec(recipe.task, recipe.params, each, "heldout") for each in seeds]
-    if recipe.channel.mode is ChannelMode.SHUFFLED:  # there must be somebody to swap messages with
+    if recipe.channel.mode in (ChannelMode.SHUFFLED, ChannelMode.RANDOM):  # they look at the messages of others
         specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in seeds]
     if planned is not None and planned.world.value == "shuffled":  # nor with answers
         specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in {each.seed for each in specs}]
