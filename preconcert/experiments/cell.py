@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class CellFound:
 
     measures: Mapping[str, float | None]
     curves: Mapping[str, Sequence[float | None]]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What is no figure, as plain values."""
 
 
 Work = Callable[[Recipe, Path, Mapping[str, Any], Path, Reporter], CellFound]
@@ -139,6 +141,7 @@ def carry_out(folder: Path, warm_cache: Path) -> bool:
                 "at": at,
                 "wall_s": round(time.perf_counter() - started, 2),
             },
+            "notes": dict(found.notes),
         }
         write_json(folder / FOUND, content)
         (folder / FAILED).unlink(missing_ok=True)

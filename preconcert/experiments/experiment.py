@@ -110,6 +110,8 @@ class CellResult:
     """Why it failed; None where it did not."""
     made: Mapping[str, Any]
     """Commit, versions, start and seconds."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What is no figure: examples for tables and drawings, as plain values."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the recipe is elsewhere."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from preconcert.core import UnknownNameError
+from preconcert.experiments.channel_study import CHANNEL
+from preconcert.experiments.communication import COMMUNICATION
 from preconcert.experiments.credit import CREDIT
 from preconcert.experiments.experiment import Experiment
 from preconcert.experiments.foresight import FORESIGHT
 from preconcert.experiments.planning import PLANNING
 from preconcert.experiments.world_model import WORLD_MODEL
 
-EXPERIMENTS: Mapping[str, Experiment] = {each.name: each for each in (CREDIT, FORESIGHT, WORLD_MODEL, PLANNING)}
+EXPERIMENTS: Mapping[str, Experiment] = {
+    each.name: each for each in (CREDIT, FORESIGHT, WORLD_MODEL, PLANNING, COMMUNICATION, CHANNEL)
+}
 
 
 def experiment_named(name: str) -> Experiment:

@@ -118,7 +118,7 @@ def read_cell(cell: Cell, folder: Path) -> CellResult:
     """What a cell's folder says."""
     if (folder / FOUND).is_file():
         held = json.loads((folder / FOUND).read_text())
-        return CellResult(cell, held["measures"], held["curves"], None, held["made"])
+        return CellResult(cell, held["measures"], held["curves"], None, held["made"], held.get("notes", {}))
     error = "not carried out"
     if (folder / FAILED).is_file():
         error = json.loads((folder / FAILED).read_text())["error"]

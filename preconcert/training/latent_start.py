@@ -5,11 +5,13 @@ Parts: `LatentStartSettings`, `Seat` (an agent's model and adapter), `lines_of` 
 
 Three moments of an episode go through the models together. At t − 2 everyone speaks without having heard anything, at
 t − 1 everyone hears that and speaks again, at t everyone hears what was said at t − 1; the gradient of the receivers'
-losses at t runs through the messages into the senders at t − 1. Three losses, after Interlat (arXiv 2511.09149):
+losses at t runs through the messages into the senders at t − 1. Four losses, after Interlat (arXiv 2511.09149):
 
 * cross-entropy of the receiver's turn, its predictions filled in from hindsight;
 * distillation: KL(teacher ‖ student) at the same words, the teacher being the warm-started base that reads the same
   moment with messages in words;
+* anchor: the vectors that a receiver reads begin near the embeddings of the words of a scripted message, an even part
+  of the words for each vector; the weight fades;
 * separation: max(0, ln 2 − JS) between the distributions under the message and under another episode's, so that a
   message is not merely carried along.
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,6 +51,12 @@ class LatentStartSettings(BaseModel):
     """AdamW's peak learning rate, of adapters and codecs; decays along a cosine."""
     distil: float = Field(0.3, ge=0)
     """Weight of the distillation from messages in words; 0 needs no teacher."""
+    anchor: float = Field(1.0, ge=0)
+    """Weight, at the start, of the distance between the vectors that a receiver reads and the embeddings of the words
+    that the scripted sender used; fades evenly. Looking something up is learned late by itself: the base already does
+    it with words."""
+    anchored: float = Field(0.7, ge=0, le=1)
+    """Share of the steps over which that weight fades to 0."""
     separate: float = Field(0.1, ge=0)
     """Weight of the separation from other episodes' messages."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -70,6 +78,8 @@ class Line:
     """The same turn's prompt and answer in words; empty without a teacher."""
     taught: tuple[int, ...] = ()
     """By chosen place: the place of the same word in `teacher`."""
+    words: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """By sender the words of the message that was heard, each as tokens of the receiver."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,13 @@ def _lines(
             place_of = dict(zip(mine, places, strict=True))
             chosen = tuple(place for place in chosen if place in place_of)
             taught = tuple(place_of[place] for place in chosen)
-        found.append(Line(agent, prompt, starts, written.ids, chosen, text, taught))
+        words = {
+            message.sender: tuple(
+                student.encode(word if student.compact else f" {word}") for word in message.payload.split()
+            )
+            for message in turn.inbox
+        }
+        found.append(Line(agent, prompt, starts, written.ids, chosen, text, taught, words))
         done.append(turn.action)
     return found
 
@@ -156,6 +172,8 @@ class _Read:
     """The words there."""
     codes: dict[str, Tensor]
     """By agent, shape (lines of the agent, k, d): what was drawn for its message, before quantisation."""
+    distances: list[Tensor]
+    """Of the vectors that were read from the embeddings of words, relative to the latter's size; one per vector."""
 
 
 Codes = Mapping[str, Tensor]
@@ -192,12 +210,15 @@ class LatentStart:
                 found[id(parameter)] = parameter
         return list(found.values())
 
-    def loss(self, moments: Sequence[tuple[Lines, int]], seed: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, moments: Sequence[tuple[Lines, int]], seed: int, done: float = 0.0
+    ) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum for some moments, and its parts by name.
 
         Args:
             moments: episodes and steps; the step is at least 1.
             seed: of the Gaussian noise on what is sent.
+            done: share of the training that is over.
         """
         noise = np.random.default_rng(seed)
         with torch.no_grad():
@@ -216,6 +237,11 @@ class LatentStart:
         )
         parts = {"cross_entropy": float(entropy.detach())}
         total = entropy
+        fading = self.settings.anchor * (1.0 - done / self.settings.anchored) if self.settings.anchored else 0.0
+        if fading > 0 and third.distances:
+            distance = _mean(third.distances)
+            parts["distance"] = float(distance.detach())
+            total = total + fading * distance
         if self.settings.distil:
             teacher = self._teach([_at(lines, step) for lines, step in moments])
             divergence = _mean(
@@ -284,8 +310,10 @@ class LatentStart:
         logits: list[Tensor] = []
         truth: list[Tensor] = []
         codes: dict[str, Tensor] = {}
+        distances: list[Tensor] = []
         for model, rows in self._by_model(moments):
-            hidden, starts = self._hidden(model, rows, heard, audible, self.shape.tokens if speak else 0)
+            queries = self.shape.tokens if speak else 0
+            hidden, starts = self._hidden(model, rows, heard, audible, queries, distances)
             head = model.base.get_output_embeddings()
             picked, words = _places(
                 [(row, len(line.prompt) + place, line.answer[place]) for row, (_, line) in enumerate(rows)
@@ -296,7 +324,7 @@ class LatentStart:
             truth.append(words)
             if speak:
                 codes |= self._codes(model, rows, hidden, starts, noise)
-        return _Read(logits, truth, codes)
+        return _Read(logits, truth, codes, distances)
 
     def _hidden(
         self,
@@ -305,8 +333,9 @@ class LatentStart:
         heard: Codes | None,
         audible: Sequence[bool] | None,
         queries: int,
+        distances: list[Tensor],
     ) -> tuple[Tensor, list[int]]:
-        """Hidden states of a block of lines, and where each line's queries begin."""
+        """Hidden states of a block of lines, and where each line's queries begin; adds to `distances`."""
         starts = [len(line.prompt) + len(line.answer) for _, line in rows]
         width = max(starts) + queries
         ids = torch.zeros((len(rows), width), dtype=torch.long)
@@ -330,7 +359,10 @@ class LatentStart:
                     continue
                 values = heard[sender][[rows[row][0] for row in hearing]]
                 places = [rows[row][1].starts[sender] for row in hearing]
-                fills.append(_fill(codec.embedded(values.to(codec.queries.device)), hearing, places))
+                vectors = codec.embedded(values.to(codec.queries.device))
+                fills.append(_fill(vectors, hearing, places))
+                said = [rows[row][1].words.get(sender, ()) for row in hearing]
+                distances.append(_distances(vectors, said, model.base.get_input_embeddings().weight))
         device = model.device
         names = [self.seats[line.agent].adapter for _, line in rows]
         route, open_fills = AdapterRoute(model.base, names), Fills(model.base, fills)
@@ -429,7 +461,8 @@ def train_latents(
     try:
         for step in range(settings.steps):
             chosen = order.choice(len(moments), size=min(settings.batch, len(moments)), replace=False)
-            loss, parts = start.loss([moments[int(index)] for index in chosen], derive_seed(seed, "noise", step))
+            some = [moments[int(index)] for index in chosen]
+            loss, parts = start.loss(some, derive_seed(seed, "noise", step), step / settings.steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -464,6 +497,21 @@ def _places(found: Sequence[tuple[int, int, int]], hidden: Tensor) -> tuple[Tens
     return hidden[table[:, 0], table[:, 1] - 1], table[:, 2]
 
 
+def _distances(vectors: Tensor, said: Sequence[Sequence[tuple[int, ...]]], embeddings: Tensor) -> Tensor:
+    """Squared distances of vectors, shape (rows, k, width), from the mean embeddings of their share of the words, over
+    the embeddings' mean square length. Vectors beyond the last word have none."""
+    count = vectors.shape[1]
+    scale = embeddings.detach().float().square().sum(-1).mean()
+    found: list[Tensor] = []
+    for row, words in enumerate(said):
+        for place, share in enumerate(np.array_split(np.arange(len(words)), count)):
+            tokens = [token for index in share for token in words[index]]
+            if tokens:
+                target = embeddings[tokens].detach().float().mean(0)
+                found.append((vectors[row, place] - target).square().sum() / scale)
+    return torch.stack(found) if found else vectors.new_zeros(0)
+
+
 def _jensen_shannon(right: Tensor, wrong: Tensor) -> Tensor:
     """Jensen-Shannon divergence of each row's distributions in nats, at most ln 2."""
     one, other = right.log_softmax(-1), wrong.log_softmax(-1)
@@ -474,7 +522,8 @@ def _jensen_shannon(right: Tensor, wrong: Tensor) -> Tensor:
 def _mean(parts: Sequence[Tensor]) -> Tensor:
     """The mean over all numbers of all parts, which may be on different devices."""
     device = parts[0].device
-    return torch.stack([part.sum().to(device) for part in parts]).sum() / sum(part.numel() for part in parts)
+    count = max(1, sum(part.numel() for part in parts))
+    return torch.stack([part.sum().to(device) for part in parts]).sum() / count
 
 
 def _divergence(told: Tensor, own: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def start_on(models: Mapping[str, TransformersModel], **settings: Any) -> tuple[
 
 def test_the_receivers_loss_reaches_the_sender_and_nothing_else(starter: TransformersModel) -> None:
     """Without distillation and separation: the sender's queries get a gradient through its receiver's words alone."""
-    start, lines = start_on(dict.fromkeys(AGENTS, starter), distil=0.0, separate=0.0)
+    start, lines = start_on(dict.fromkeys(AGENTS, starter), distil=0.0, separate=0.0, anchor=0.0)
     parameters = start.parameters()
     for parameter in starter.base.parameters():
         parameter.requires_grad_(any(parameter is p for p in parameters))
@@ -61,17 +61,25 @@ def test_the_receivers_loss_reaches_the_sender_and_nothing_else(starter: Transfo
     assert all(p.grad is None for p in rest)
 
 
-@pytest.mark.parametrize("alone", ["distil", "separate"])
-def test_further_losses_have_their_weights(starter: TransformersModel, alone: str) -> None:
-    start, lines = start_on(dict.fromkeys(AGENTS, starter), **{"distil": 0.0, "separate": 0.0, alone: 0.5})
-    plain, _ = start_on(dict.fromkeys(AGENTS, starter), distil=0.0, separate=0.0)
+@pytest.mark.parametrize(("alone", "named"), [("distil", "distillation"), ("separate", ""), ("anchor", "distance")])
+def test_further_losses_have_their_weights(starter: TransformersModel, alone: str, named: str) -> None:
+    none = {"distil": 0.0, "separate": 0.0, "anchor": 0.0}
+    start, lines = start_on(dict.fromkeys(AGENTS, starter), **{**none, alone: 0.5})
+    plain, _ = start_on(dict.fromkeys(AGENTS, starter), **none)
     moments = [(each, 1) for each in lines if len(each["agent_0"]) > 1]
     with torch.no_grad():
         whole, parts = start.loss(moments, 0)
         bare, _ = plain.loss(moments, 0)
-    extra = parts["distillation"] if alone == "distil" else float(torch.log(torch.tensor(2.0))) - parts["separation"]
+    extra = parts[named] if named else float(torch.log(torch.tensor(2.0))) - parts["separation"]
     assert float(whole - bare) == pytest.approx(0.5 * extra, abs=1e-5)
     assert extra > 0
+    if alone == "anchor":
+        with torch.no_grad():
+            later, _ = start.loss(moments, 0, done=0.35)
+            over, parts = start.loss(moments, 0, done=0.7)
+        assert float(later - bare) == pytest.approx(0.25 * extra, abs=1e-5)
+        assert float(over) == pytest.approx(float(bare), abs=1e-6)
+        assert "distance" not in parts
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(starter: TransformersModel) -> None:

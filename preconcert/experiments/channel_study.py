@@ -1,0 +1,270 @@
+"""Experiment `channel`: what becomes of teams whose messages are lost, changed, late or cut, and does training help?
+
+Arms are text (`slots`) and vectors (`latent`), each trained on a clean channel and on a lossy one, and a team that
+never talks. Every trained team is played through the same grid of channels, one kind of harm at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from preconcert.experiments.communication import WORK, latent
+from preconcert.experiments.communication_report import axes_of, legend_of, plain
+from preconcert.experiments.experiment import CellResult, Experiment, ExperimentArm, ExperimentTask, Plan, Scale
+from preconcert.experiments.figures import COLOURS, MARKS
+from preconcert.experiments.readings import Contrast, Readings, comparisons_table, measure_named
+from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
+from preconcert.experiments.statistics import Estimate
+
+NONE = "none"
+PAIRS = {"text": ("slots", "slots-noisy"), "latent": ("latent", "latent-noisy")}
+"""By form of message: the arm that was trained on a clean channel, and the one that was trained on a lossy one."""
+GRID: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
+    "erasure": tuple((f"{p:g}", {"drop": p}) for p in (0.0, 0.1, 0.3, 0.5, 1.0)),
+    "substitution": tuple((f"{p:g}", {"drop": 0.0, "substitute": p}) for p in (0.1, 0.3, 0.6)),
+    "noise": tuple((f"{s:g}", {"drop": 0.0, "noise": s}) for s in (0.15, 0.3, 0.6)),
+    "delay": tuple((f"{d}", {"drop": 0.0, "delay": d}) for d in (1, 2, 4)),
+    "cap": tuple((f"{b}", {"drop": 0.0, "cap_bits": float(b)}) for b in (0, 4, 8, 16, 32)),
+}
+"""By kind of harm its sizes and what they are in the channel. Training noise is off unless it is what is varied."""
+_ONLY = {"text": ("erasure", "substitution", "delay", "cap"), "latent": ("erasure", "noise", "delay", "cap")}
+_LEAN: Mapping[str, Any] = {"gate": {"min_gap": 0.0, "episodes": 16}, "keep_episodes": False, "adapters": "shared"}
+CLEAN = "on"
+MARGIN_NONE, MARGIN_CLEAN = 0.03, 0.02
+"""Targets: at total erasure no further below the team that never talks; training with noise may cost so much."""
+
+
+def channels(form: str) -> dict[str, Mapping[str, Any]]:
+    """Every channel that teams with one form of message are played through, by name."""
+    found: dict[str, Mapping[str, Any]] = {CLEAN: {"drop": 0.0, "substitute": 0.0, "noise": 0.0}}
+    for kind in _ONLY[form]:
+        for size, changed in GRID[kind]:
+            found[f"{kind}_{size}"] = {"drop": 0.0, "substitute": 0.0, "noise": 0.0, **changed}
+    return found
+
+
+def arms() -> tuple[ExperimentArm, ...]:
+    """Two forms of message, each with two ways of training, and silence."""
+    return (
+        ExperimentArm(NONE, "no messages", {"agent.spans.say": False}, options={"channels": {CLEAN: {}}}),
+        ExperimentArm("slots", "words, trained clean", {}, options={"channels": channels("text")}),
+        ExperimentArm(
+            "slots-noisy",
+            "words, trained lossy",
+            {"channel": {"drop": 0.3, "substitute": 0.1}},
+            options={"channels": channels("text")},
+        ),
+        ExperimentArm(
+            "latent",
+            "vectors, trained clean",
+            {"agent.codec": latent(2)},
+            options={"channels": channels("latent")},
+        ),
+        ExperimentArm(
+            "latent-noisy",
+            "vectors, trained lossy",
+            {"agent.codec": latent(2), "channel": {"drop": 0.3, "noise": 0.2}},
+            options={"channels": channels("latent")},
+        ),
+    )
+
+
+CONTRASTS = tuple(
+    Contrast(noisy, clean, f"{form}: trained lossy – trained clean") for form, (clean, noisy) in PAIRS.items()
+)
+
+
+def worst(cell: CellResult) -> float | None:
+    """A team's least success over the grid, but for total erasure and a cap of nothing: there nobody hears anything."""
+    hopeless = ("success_erasure_1", "success_cap_0")
+    found = [
+        value
+        for name, value in cell.measures.items()
+        if name.startswith("success_") and name not in hopeless and value is not None
+        and any(name.startswith(f"success_{kind}_") for kind in GRID)
+    ]
+    return min(found) if found else None
+
+
+def report(plan: Plan, cells: Sequence[CellResult]) -> Report:
+    """The grid, the targets, the planned comparisons of the worst case, and curves."""
+    readings = Readings(cells)
+    table, said = comparisons_table(readings, CONTRASTS, worst, "the worst case of the grid")
+    tasks = [task.name for task in plan.tasks]
+    tables = [_grid(plan, readings, task, form) for task in tasks for form in PAIRS]
+    tables += [table] if table.rows else []
+    figures = [
+        ReportFigure(
+            f"robustness-{task}",
+            f"{task}: held-out success against the size of each harm, interquartile means over seeds with 95% "
+            "bootstrap intervals. Dashed: the team that never talks.",
+            _curves(plan, readings, task),
+        )
+        for task in tasks
+    ]
+    return Report([*_targets(readings, tasks), *said], tables, figures)
+
+
+def _grid(plan: Plan, readings: Readings, task: str, form: str) -> ReportTable:
+    titles = {arm.name: arm.title for arm in plan.arms}
+    rows: list[tuple[Entry, ...]] = []
+    for name in (*PAIRS[form], NONE):
+        if not readings.of(name, task):
+            continue
+        found = [readings.estimate(name, measure_named(f"success_{key}"), task) for key in channels(form)]
+        rows.append((titles[name], len(readings.of(name, task)), *found, readings.estimate(name, worst, task)))
+    heads = tuple("clean" if key == CLEAN else key.replace("_", " ") for key in channels(form))
+    return ReportTable(
+        f"grid-{task}-{form}",
+        f"{task}: held-out success by channel, {'words' if form == 'text' else 'vectors'}",
+        ("arm", "seeds", *heads, "worst case"),
+        tuple(rows),
+        "Interquartile mean over seeds (95% bootstrap interval), the same instances for every arm and channel. Delay "
+        "in steps beyond the one that every message takes; caps in bits per message; noise in units of the numbers, "
+        "which go from -1 to 1. Worst case: the least of the row, but for total erasure and a cap of 0.",
+    )
+
+
+def _targets(readings: Readings, tasks: Sequence[str]) -> list[Finding]:
+    found: list[Finding] = []
+    for task in tasks:
+        none = readings.estimate(NONE, measure_named("success_on"), task)
+        for form, (clean, noisy) in PAIRS.items():
+            plain_, lossy = (readings.estimate(name, measure_named("success_on"), task) for name in (clean, noisy))
+            if none is None or plain_ is None or lossy is None:
+                continue
+            for name in (clean, noisy):
+                lost = readings.estimate(name, measure_named("success_erasure_1"), task)
+                if lost is None:
+                    continue
+                good = lost.value >= none.value - MARGIN_NONE
+                found.append(
+                    Finding(
+                        f"{task}, {name}. Target: at total erasure at most {100 * MARGIN_NONE:.0f} points below the "
+                        f"team that never talks ({none.value:.2f}). {'Met' if good else 'Not met'}: {lost.value:.2f}.",
+                        good,
+                    )
+                )
+            worsts: list[Estimate | None] = [readings.estimate(name, worst, task) for name in (clean, noisy)]
+            before, after = worsts
+            if before is None or after is None:
+                continue
+            good = after.value > before.value and lossy.value >= plain_.value - MARGIN_CLEAN
+            found.append(
+                Finding(
+                    f"{task}, {form}. Target: training with noise improves the worst case at no more than "
+                    f"{100 * MARGIN_CLEAN:.0f} points of clean success. {'Met' if good else 'Not met'}: worst case "
+                    f"{before.value:.2f} to {after.value:.2f}, clean {plain_.value:.2f} to {lossy.value:.2f}.",
+                    good,
+                )
+            )
+    return found
+
+
+def _curves(plan: Plan, readings: Readings, task: str) -> Figure:
+    figure = Figure(figsize=(14.0, 3.9), layout="constrained")
+    axes = axes_of(figure, len(GRID))
+    none = readings.estimate(NONE, measure_named("success_on"), task)
+    for axis, (kind, sizes) in zip(axes, GRID.items(), strict=True):
+        names = [size for size, _ in sizes]
+        places = names if kind in ("erasure", "cap") else ["0", *names]
+        for number, arm in enumerate(arm for arm in plan.arms if arm.name != NONE):
+            keys = [f"success_{kind}_{size}" for size in names]
+            keys = keys if kind in ("erasure", "cap") else ["success_on", *keys]
+            found = [readings.estimate(arm.name, measure_named(key), task) for key in keys]
+            held = [(place, each) for place, each in enumerate(found) if each is not None]
+            if len(held) < len(keys):
+                continue
+            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            axis.fill_between(
+                [place for place, _ in held],
+                [each.low for _, each in held],
+                [each.high for _, each in held],
+                color=colour,
+                alpha=0.12,
+                lw=0,
+            )
+            axis.plot(
+                [place for place, _ in held],
+                [each.value for _, each in held],
+                color=colour,
+                marker=mark,
+                ms=4,
+                lw=1.5,
+                label=arm.title,
+            )
+        if none is not None:
+            axis.axhline(none.value, color="#5f6673", lw=1, ls="--")
+        axis.set_xticks(range(len(places)), places)
+        plain(axis, kind, "")
+    axes[0].set_ylabel("success", fontsize=9)
+    legend_of(figure, axes)
+    return figure
+
+
+SMOKE = Plan(
+    arms=tuple(arm for arm in arms() if arm.name in (NONE, "latent", "latent-noisy")),
+    tasks=(
+        ExperimentTask(
+            "rendezvous",
+            {
+                **_LEAN,
+                "task": "rendezvous",
+                "params": {"size": 3, "landmarks": 2, "horizon": 4},
+                "starter": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn": 32},
+                "warm_start": {"episodes": 64, "steps": 15, "batch": 64},
+                "latent_start": {"steps": 3, "batch": 4},
+                "grpo": {"iterations": 2, "seeds": 2, "group": 2, "minibatches": 2, "checkpoint_every": 1},
+            },
+        ),
+    ),
+    seeds=2,
+    options={"episodes": 8, "fitting": 8},
+)
+STANDARD = Plan(
+    arms=arms(),
+    tasks=(
+        ExperimentTask(
+            "rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 24, "seeds": 8, "group": 8}}
+        ),
+    ),
+    seeds=5,
+    options={"episodes": 100, "fitting": 20},
+)
+FULL = Plan(
+    arms=arms(),
+    tasks=(
+        ExperimentTask("rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 60}}),
+        ExperimentTask(
+            "box-push",
+            {
+                **_LEAN,
+                "task": "box-push",
+                "warm_start": {"episodes": 8000, "steps": 2000},
+                "grpo": {"iterations": 60, "hindsight_weight": 0.1},
+            },
+        ),
+    ),
+    seeds=10,
+    options={"episodes": 200, "fitting": 50},
+)
+
+CHANNEL = Experiment(
+    name="channel",
+    question=(
+        "How much of what a team gains by talking is left when messages are lost, changed, late or cut short, and does "
+        "it help to have learned on such a channel?"
+    ),
+    plans={Scale.SMOKE: SMOKE, Scale.STANDARD: STANDARD, Scale.FULL: FULL},
+    work=WORK,
+    report=report,
+    limits=(
+        "One harm at a time; nobody is told which one, or that there is any.",
+        "The lossy channel of training erases three in ten messages and changes one word in ten, or shakes numbers; "
+        "delays and caps are never trained with.",
+        "Models are starters of about 0.13 million parameters; at standard scale the task is rendezvous alone.",
+    ),
+)

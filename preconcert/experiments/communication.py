@@ -1,0 +1,149 @@
+"""Experiment `communication`: what is a message worth, and how few bits does it take?
+
+Arms are forms of messages, each trained alike: none, the sender's observation (`raw-state`), its plan (`intention`),
+the task's words (`slots`), as few of them as pay (`learned`, under a cap that dual ascent meets), and vectors
+(`latent`, quantised, of several lengths; as they are; and without any training, `aligned`). The oracle is the task's
+own player that sees everything. Every trained team is played again with its messages shuffled, constant, random and
+lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from preconcert.experiments.communication_report import report
+from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale
+
+NONE, RAW, ORACLE, LEARNED = "none", "raw-state", "oracle", "learned"
+WORK = "preconcert.experiments.communication_work:talk_and_judge"
+_LEAN: Mapping[str, Any] = {"gate": {"min_gap": 0.0, "episodes": 16}, "keep_episodes": False, "adapters": "shared"}
+CONTROLS: Mapping[str, Mapping[str, Any]] = {
+    "on": {},
+    "greedy": {"greedy": True},
+    "shuffled": {"mode": "shuffled"},
+    "constant": {"mode": "constant"},
+    "random": {"mode": "random"},
+    "off": {"mode": "off"},
+}
+"""Channels that every team is played through."""
+SUBJECTS = {"rendezvous": "open", "box-push": "goal", "signal": "target"}
+"""After which word of an observation stands what there is to say."""
+
+
+def latent(tokens: int, dims: int = 2, levels: int = 4, method: str = "learned") -> dict[str, Any]:
+    """The codec of vectors."""
+    return {"type": "latent", "tokens": tokens, "dims": dims, "levels": levels, "method": method}
+
+
+def arms(tokens: tuple[int, ...], caps: Mapping[str, float]) -> tuple[ExperimentArm, ...]:
+    """All forms of messages.
+
+    Args:
+        tokens: lengths of quantised latent messages.
+        caps: by task, bits per message that the learned words are held to.
+    """
+    found = [
+        ExperimentArm(NONE, "no messages", {"agent.spans.say": False}),
+        ExperimentArm(RAW, "observation in words", {"agent.codec": "raw-state"}),
+        ExperimentArm("intention", "plan in words", {"agent.codec": "intention"}),
+        ExperimentArm("slots", "the task's words", {"agent.codec": "slots"}),
+        ExperimentArm(
+            LEARNED,
+            "learned words, capped",
+            {"agent.codec": "learned"},
+            {task: {"grpo.message_price": {"cap_bits": cap}} for task, cap in caps.items()},
+        ),
+    ]
+    found += [
+        ExperimentArm(f"latent-{k}", f"latent, k = {k}, quantised", {"agent.codec": latent(k)}) for k in tokens
+    ]
+    found += [
+        ExperimentArm("latent-float", "latent, k = 2, not quantised", {"agent.codec": latent(2, levels=0)}),
+        ExperimentArm(
+            "latent-free", "latent, k = 2, training-free", {"agent.codec": latent(2, levels=0, method="aligned")}
+        ),
+        ExperimentArm(ORACLE, "oracle", options={"player": "expert"}),
+    ]
+    return tuple(found)
+
+
+def _task(name: str, episodes: int, steps: int, grpo: Mapping[str, Any], **more: Any) -> ExperimentTask:
+    recipe = {**_LEAN, "task": name, "warm_start": {"episodes": episodes, "steps": steps}, "grpo": dict(grpo), **more}
+    return ExperimentTask(name, recipe)
+
+
+_OPTIONS: Mapping[str, Any] = {"channels": CONTROLS, "subjects": SUBJECTS}
+_SMOKE_ARMS = (NONE, LEARNED, "latent-1", ORACLE)
+SMOKE = Plan(
+    arms=tuple(arm for arm in arms((1,), {"rendezvous": 3.0}) if arm.name in _SMOKE_ARMS),
+    tasks=(
+        ExperimentTask(
+            "rendezvous",
+            {
+                **_LEAN,
+                "task": "rendezvous",
+                "params": {"size": 3, "landmarks": 2, "horizon": 4},
+                "starter": {"layers": 1, "width": 32, "heads": 2, "kv_heads": 2, "ffn": 32},
+                "warm_start": {"episodes": 64, "steps": 15, "batch": 64},
+                "latent_start": {"steps": 3, "batch": 4},
+                "grpo": {"iterations": 2, "seeds": 2, "group": 2, "minibatches": 2, "checkpoint_every": 1},
+            },
+        ),
+    ),
+    seeds=2,
+    options={**_OPTIONS, "episodes": 8, "fitting": 8, "caps": [0, 8]},
+)
+_CAPS = {"rendezvous": 3.0, "box-push": 4.0, "signal": 3.0}
+STANDARD = Plan(
+    arms=arms((1, 2, 4, 8), _CAPS),
+    tasks=(
+        _task("rendezvous", 3000, 600, {"iterations": 16, "seeds": 8, "group": 8}),
+        _task("box-push", 4000, 900, {"iterations": 16, "seeds": 8, "group": 4, "hindsight_weight": 0.1}),
+        _task(
+            "signal",
+            6000,
+            1000,
+            {"iterations": 30, "seeds": 8, "group": 8, "hindsight_weight": 0.1, "bind_action": False},
+            agent={"spans": {"intend": False}},
+        ),
+    ),
+    seeds=5,
+    options={**_OPTIONS, "episodes": 100, "fitting": 100, "caps": [0, 2, 4, 8, 16, 32]},
+)
+FULL = Plan(
+    arms=STANDARD.arms,
+    tasks=(
+        _task("rendezvous", 3000, 600, {"iterations": 60, "seeds": 16, "group": 8}),
+        _task("box-push", 8000, 2000, {"iterations": 60, "seeds": 16, "group": 8, "hindsight_weight": 0.1}),
+        _task(
+            "signal",
+            12000,
+            2000,
+            {"iterations": 100, "seeds": 16, "group": 8, "hindsight_weight": 0.1, "bind_action": False},
+            agent={"spans": {"intend": False}},
+        ),
+    ),
+    seeds=10,
+    options={**STANDARD.options, "episodes": 200, "fitting": 200},
+)
+
+COMMUNICATION = Experiment(
+    name="communication",
+    question=(
+        "How few bits do agents need to act together as if they told each other all they see, in words or in vectors, "
+        "and do they use what they are told?"
+    ),
+    plans={Scale.SMOKE: SMOKE, Scale.STANDARD: STANDARD, Scale.FULL: FULL},
+    work=WORK,
+    report=report,
+    limits=(
+        "The models are starters of about 0.13 million parameters, made from nothing and taught by a script that talks "
+        "in the task's words. Vectors are distilled from a team that reads those words.",
+        "Each arm has the same learning rates and as many iterations. Latent arms have a supervised phase more.",
+        "The observations of these tasks are short: a message in them costs tens of bits, and there is little to save. "
+        "Where agents see more, the ratio is another.",
+        "The entropy code's prior counts words by place, by the message before and by sender. A better prior would "
+        "give shorter codes to every form of message.",
+    ),
+)
