@@ -17,6 +17,7 @@ from preconcert.training.critic import CriticSettings
 from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.latent_start import LatentStartSettings
 from preconcert.training.league import LeagueSettings
+from preconcert.training.message_price import MessagePriceSettings, MeterName
 from preconcert.training.rows import SpeechGradient
 from preconcert.training.update import Order, RatioLevel, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
@@ -109,6 +110,8 @@ class GRPOSettings(BaseModel):
     prediction: PredictionSettings | None = None
     """Rewards for foretelling rightly, paid to the words of predictions alone; null: none. With one, the log says how
     true predictions are and how predictable the agents."""
+    message_price: MessagePriceSettings | None = None
+    """What messages cost their senders, up to a cap on bits that is met by raising the price; null: nothing."""
     speech: SpeechGradient = SpeechGradient.SCORE
     """How senders of latent messages learn: `score`, `path` or `both`."""
     imagination: ImaginationSettings | None = None
@@ -268,6 +271,7 @@ class Recipe(BaseModel):
         self._predictions_fit()
         self._imagination_fits()
         self._latents_fit()
+        self._messages_fit()
         if self.channel.rounds > 1 and self.world_model is not None:
             raise ValueError(
                 f"channel.rounds={self.channel.rounds} and a world_model do not go together: world models foretell "
@@ -296,6 +300,35 @@ class Recipe(BaseModel):
                 raise ValueError(f"grpo.speech={self.grpo.speech.value} does not go with gradient_checkpointing")
             if channel.mode is not ChannelMode.ON:
                 raise ValueError(f"grpo.speech={self.grpo.speech.value} needs channel.mode=on, where messages arrive")
+
+    def _messages_fit(self) -> None:
+        """What codecs cannot go with, and what can have a price."""
+        codec, priced, paid = self.agent.codec, self.grpo.message_price, self.grpo.prediction
+        if codec.type != "slots" and self.world_model is not None:
+            raise ValueError(f"a world_model foretells every word of the task's message slots, not codec={codec.type}")
+        if codec.type in ("raw-state", "intention") and self.league is not None and self.league.scripts:
+            raise ValueError(f"a league's scripts talk in the task's message slots, not in codec={codec.type}")
+        if codec.type == "learned" and paid is not None and paid.announcement:
+            raise ValueError(
+                "agent.codec=learned gives announced actions the task's advantage, since they need not be said: set "
+                "grpo.prediction.announcement=0"
+            )
+        if priced is None:
+            return
+        if codec.type not in ("slots", "learned"):
+            raise ValueError(f"grpo.message_price is for words that senders choose; codec={codec.type} has none")
+        if not self.agent.spans.say or SpanKind.SAY not in self.grpo.policy_spans:
+            raise ValueError("grpo.message_price needs agent.spans.say, and say among grpo.policy_spans")
+        fixed = codec.type == "slots" and priced.meter is MeterName.RAW
+        if fixed and (priced.price or priced.cap_bits is not None):
+            raise ValueError(
+                "every message of codec=slots has the same raw bits, whatever they cost: use codec=learned or "
+                "grpo.message_price.meter=prior"
+            )
+        if self.update.ratio is not RatioLevel.TOKEN:
+            raise ValueError(
+                "grpo.message_price needs update.ratio=token: others put messages and actions into one number"
+            )
 
     def _predictions_fit(self) -> None:
         wanted = self.grpo.prediction

@@ -343,7 +343,7 @@ def _transcript_row(parts: Sequence[Row]) -> Row:
 
 
 def worth_training(
-    rows: Sequence[Row], fraction: float, seed: int, keep: bool = False
+    rows: Sequence[Row], fraction: float, seed: int, keep: bool = False, free: Sequence[Row] | None = None
 ) -> tuple[list[Row], int]:
     """Leave out rows without an advantage: they cannot change the policy.
 
@@ -355,16 +355,18 @@ def worth_training(
         fraction: share of the rows without an advantage to keep, 0 to 1.
         seed: chooses them, each by its name, so that a division of the rollout among processes chooses the same.
         keep: only take away their targets, for those who want to know the ratios of all rows.
+        free: the same rows before messages were charged; these decide about targets, so that a price on messages
+            changes nothing about what predictions are trained on. None where nothing was charged.
 
     Returns:
         The rows (one is always there, if need be without targets), and the number of policy tokens of all rows, by
         which the loss is divided all the same: the policy's gradient is that of the full set.
     """
     kept: list[Row] = []
-    for row in rows:
-        if row.advantages.any() or ((row.targets >= 0).any() and _share_of(seed, row.name) < fraction):
+    for row, plain in zip(rows, rows if free is None else free, strict=True):
+        if plain.advantages.any() or ((row.targets >= 0).any() and _share_of(seed, row.name) < fraction):
             kept.append(row)
-        elif keep:
+        elif keep or row.advantages.any():
             kept.append(_without_targets(row))
     return kept or [_without_targets(row) for row in rows[:1]], sum(int(row.policy.sum()) for row in rows)
 

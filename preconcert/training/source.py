@@ -12,6 +12,7 @@ import numpy as np
 import torch.distributed
 
 from preconcert.agents import GenerativeTeam
+from preconcert.agents.codecs import bits_of
 from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
 from preconcert.training.branching import branch
 from preconcert.training.credit import (
@@ -31,6 +32,9 @@ from preconcert.training.grpo import Rollout
 from preconcert.training.imagination import Imaginer
 from preconcert.training.league import League
 from preconcert.training.measures import measure
+from preconcert.training.message_costs import MessageLedger
+from preconcert.training.message_meter import meter_of
+from preconcert.training.message_price import MeterName, Per
 from preconcert.training.prediction import foretold, pay, payments, prediction_metrics
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -102,6 +106,7 @@ class GameSource:
         self.imaginer = imaginer
         team.keep_distributions = recipe.grpo.prediction is not None
         self.credit_state: dict[str, float] = {}
+        self.messages = self._message_ledger(trainable)
         self.settings = RowSettings(
             policy_spans=frozenset(recipe.grpo.policy_spans),
             hindsight=recipe.grpo.hindsight_weight > 0,
@@ -114,11 +119,15 @@ class GameSource:
     def state_dict(self) -> dict[str, Any]:
         """What the next iteration needs to know of the ones before, as JSON takes it."""
         state: dict[str, Any] = {"credit": dict(self.credit_state)}
+        if self.messages is not None:
+            state["messages"] = self.messages.state_dict()
         return state if self.league is None else {**state, "league": self.league.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.credit_state = {str(name): float(value) for name, value in state["credit"].items()}
+        if self.messages is not None:
+            self.messages.load_state_dict(state["messages"])
         if self.league is not None:
             self.league.load_state_dict(state["league"])
 
@@ -165,7 +174,8 @@ class GameSource:
         imagined, figures = self._imagine(iteration, episodes)
         policy_tokens = sum(int(row.policy.sum()) for row in (*rows, *imagined))
         rows, predicted = self._pay_predictions(iteration, rows, episodes, policy_tokens)
-        rows += imagined
+        free = [*rows, *imagined]
+        rows, said = self._charge_messages(iteration, free, play)
         if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
             # In a sequential update the ratios of all rows weigh on the agents still to come, those without an
             # advantage included.
@@ -174,6 +184,7 @@ class GameSource:
                 recipe.grpo.hindsight_fraction,
                 derive_seed(recipe.seed, "rows", iteration),
                 keep=recipe.update.order is Order.SEQUENTIAL,
+                free=free,
             )
         elif recipe.grpo.entropy:  # forced turns have none
             rows = [row for row in rows if row.policy.any() or (row.targets >= 0).any()] or rows[:1]
@@ -199,7 +210,7 @@ class GameSource:
             }.items()
             if value is not None
         }
-        metrics |= predicted | figures
+        metrics |= predicted | figures | said
         if self.league is not None:
             metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
@@ -265,6 +276,8 @@ class GameSource:
         credit = self.recipe.grpo.credit.estimate(ledger, self.credit_state)
         blind = replace(self.settings, hindsight=False)
         rows = build_rows(found.episodes, credit.advantages, self.team, self.table, blind)
+        if self.messages is not None:
+            rows = self.messages.charged(rows, found.episodes)
         offset = sum(episode.steps for episode in episodes)
         rows = [replace(row, joint=np.where(row.joint >= 0, row.joint + offset, -1)) for row in rows]
         figures = {"imagination/rows": float(len(rows)), "imagination_s": time.perf_counter() - started}
@@ -290,6 +303,37 @@ class GameSource:
                 task_tokens = sum(part[1] for part in parts)
             rows = pay(rows, episodes, paid, weights, task_tokens, settings.scale)
         return rows, metrics
+
+    def _message_ledger(self, trainable: frozenset[str]) -> MessageLedger | None:
+        """What keeps account of messages; None where they cost nothing.
+
+        Raises:
+            ConfigError: the cap is less than the shortest message.
+        """
+        recipe, settings = self.recipe, self.recipe.grpo.message_price
+        if settings is None:
+            return None
+        speech = self.team.format.speech
+        if not speech.slots:
+            raise ConfigError("grpo.message_price: the task has no messages, so there is nothing to pay for")
+        shortest = bits_of(len(speech.slots[0].choices) + 1)
+        per_message = settings.per is Per.MESSAGE and settings.meter is MeterName.RAW
+        if settings.cap_bits is not None and per_message and settings.cap_bits < shortest:
+            raise ConfigError(
+                f"grpo.message_price.cap_bits={settings.cap_bits:g} cannot be met: without a model of what is likely, "
+                f"even saying nothing costs {shortest:.2f} bits; raise it, or set grpo.message_price.meter=prior"
+            )
+        meter = meter_of(settings.meter, speech, recipe.channel)
+        return MessageLedger(settings, meter, recipe.grpo.iterations, trainable, self.world)
+
+    def _charge_messages(
+        self, iteration: int, rows: list[Row], play: _Play
+    ) -> tuple[list[Row], dict[str, float]]:
+        """Rows with what their messages cost, and how much was said; imagined ones have paid already."""
+        if self.messages is None:
+            return rows, {}
+        charged = self.messages.charged(rows, play.episodes)
+        return charged, self.messages.observe(iteration, play.whole)
 
     def _rows(self, play: _Play, advantages: Mapping[TurnKey, Number]) -> list[Row]:
         """What is trained on. A branch that was cut does not know what came next; there the lines teach predictions."""
