@@ -287,7 +287,7 @@ class GenerativeTeam:
                 payload=" ".join(spelled(latent)),
                 bits=latent.bits,
                 tokens=len(latent.values),
-                latent=latent,
+                latent=replace(latent, words=turn.message.payload),
             )
             found[place] = replace(turn, message=message), memory
         return found
@@ -359,7 +359,7 @@ class GenerativeTeam:
             turn: as written: its message says to whom it goes, and has the words that it wrote as one, if any.
         """
         message = self.codec.encode(turn)
-        if message is None or self.codec.speech.slots or self.codec.speech.vectors:
+        if message is None or self.codec.speech.slots:
             return message
         return replace(message, tokens=len(self.format.encode(message.payload)))
 

@@ -22,6 +22,8 @@ class Latent:
     """What the sender drew from its Gaussian, before it was bounded and quantised; empty where nothing was drawn."""
     logprobs: tuple[float, ...] = ()
     """Log-density of each vector that was drawn, in nats."""
+    words: str = ""
+    """What its sender wrote as the message before it was put into vectors. The words are not sent."""
 
     @property
     def bits(self) -> float:
@@ -37,7 +39,7 @@ class Message:
     sender: str
     recipients: tuple[str, ...]
     payload: str
-    """The words, separated by single spaces; for a latent message a placeholder for each of its vectors."""
+    """The words, separated by single spaces; for a latent message one word per vector, for people."""
     bits: float
     """Length in bits: the negative log2 probability of the sampled words under the sender's own model."""
     tokens: int
@@ -48,6 +50,11 @@ class Message:
     """Length of each word without any model: log2 of how many words could have stood there. One more entry than words
     where the end of the message was a choice, too; empty where nothing of it is known."""
     latent: Latent | None = None
+
+    @property
+    def written(self) -> str:
+        """The words that its sender wrote."""
+        return self.payload if self.latent is None else self.latent.words
 
     @property
     def raw_bits(self) -> float:

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -251,15 +251,18 @@ class _Receiving:
     """As soon as it is known."""
 
 
+_Line = TypeVar("_Line", _Sending, _Receiving)
+
+
 class MessageCoder:
     """Messages to bits and back.
 
-    Distributions are held by context and symbols before, as many as fit; what a message costs beyond them is one call
-    of the prior per symbol, for many messages together.
+    Distributions are held by context and symbols before, as many as fit, and computed for many messages at a time; a
+    message that stands among others more than once is coded once.
 
     Args:
         prior: what both sides expect.
-        at_once: messages that are coded side by side.
+        at_once: distributions that are asked for and looked at together.
         held: numbers (symbols of all distributions together) that are kept.
     """
 
@@ -276,16 +279,17 @@ class MessageCoder:
         Args:
             messages: context and text.
         """
-        codes: list[Code] = []
-        for sending in self._sent(messages, True):
+        codes: dict[tuple[Any, str], Code] = {}
+        for message, sending in self._sent(messages, True).items():
             assert sending.encoder is not None
-            codes.append(sending.encoder.finish())
-        return codes
+            codes[message] = sending.encoder.finish()
+        return [codes[message] for message in messages]
 
     def bits(self, messages: Sequence[tuple[Any, str]]) -> list[float]:
         """Each message's length as the coder sees it, without the at most two bits of its end: negative log2 of the
         frequencies' shares. What a channel counts where the ends of messages are not what matters."""
-        return [sending.bits for sending in self._sent(messages, False)]
+        sent = self._sent(messages, False)
+        return [sent[message].bits for message in messages]
 
     def decode(self, codes: Sequence[tuple[Any, Code]]) -> list[str]:
         """The messages of codes.
@@ -296,8 +300,10 @@ class MessageCoder:
         Raises:
             CodingError: a code breaks off, or has bits left over.
         """
+        received = self._received([(context, code, 0) for context, code in codes])
         texts: list[str] = []
-        for (_, code), (text, end) in zip(codes, self._received([(c, code, 0) for c, code in codes]), strict=True):
+        for context, code in codes:
+            text, end = received[context, code, 0]
             if end != code.length:
                 raise CodingError(f"{code.length - end} of {code.length} bits are left over after {text[:40]!r}")
             texts.append(text)
@@ -309,22 +315,20 @@ class MessageCoder:
         Raises:
             CodingError: the bits break off before.
         """
-        [(text, end)] = self._received([(context, code, start)])
-        return text, end
+        return self._received([(context, code, start)])[context, code, start]
 
     # ---- sending
 
-    def _sent(self, messages: Sequence[tuple[Any, str]], really: bool) -> list[_Sending]:
-        done: list[_Sending] = []
-        for start in range(0, len(messages), self.at_once):
-            some = [self._begun(context, text, really) for context, text in messages[start : start + self.at_once]]
-            while live := [one for one in some if one.at < len(one.symbols)]:
-                tables = self._look_up([(one.context, one.symbols[: one.at]) for one in live])
-                for one, table in zip(live, tables, strict=True):
+    def _sent(self, messages: Sequence[tuple[Any, str]], really: bool) -> dict[tuple[Any, str], _Sending]:
+        found = {message: self._begun(*message, really) for message in dict.fromkeys(messages)}
+        live = [one for one in found.values() if one.symbols]
+        while live:
+            for table, some in self._in_turn([(one.context, one.symbols[: one.at]) for one in live], live):
+                for one in some:
                     one.put(*table.place(one.symbols[one.at]), TOTAL)
                     one.at += 1
-            done += some
-        return done
+            live = [one for one in live if one.at < len(one.symbols)]
+        return found
 
     def _begun(self, context: Any, text: str, really: bool) -> _Sending:
         symbols = self.prior.spell(text)
@@ -341,39 +345,47 @@ class MessageCoder:
 
     # ---- receiving
 
-    def _received(self, codes: Sequence[tuple[Any, Code, int]]) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = []
-        for first in range(0, len(codes), self.at_once):
-            some = [
-                _opened(context, Decoder(code, start)) for context, code, start in codes[first : first + self.at_once]
-            ]
-            while live := [one for one in some if one.text is None]:
-                tables = self._look_up([(one.context, tuple(one.symbols)) for one in live])
-                for one, table in zip(live, tables, strict=True):
+    def _received(self, codes: Sequence[tuple[Any, Code, int]]) -> dict[tuple[Any, Code, int], tuple[str, int]]:
+        found = {key: _opened(key[0], Decoder(*key[1:])) for key in dict.fromkeys(codes)}
+        while live := [one for one in found.values() if one.text is None]:
+            for table, some in self._in_turn([(one.context, tuple(one.symbols)) for one in live], live):
+                for one in some:
                     symbol = table.symbol(one.decoder.target(TOTAL))
                     one.decoder.decode(*table.place(symbol), TOTAL)
                     one.decoder.finish()
                     one.symbols.append(symbol)
                     if self.prior.over(one.symbols):
                         one.text = self.prior.read(one.symbols)
-            found += [(one.text or "", one.decoder.finish()) for one in some]
-        return found
+        return {key: (one.text or "", one.decoder.finish()) for key, one in found.items()}
 
     # ---- distributions
 
+    def _in_turn(
+        self, keys: Sequence[tuple[Any, tuple[int, ...]]], lines: Sequence[_Line]
+    ) -> Iterator[tuple[Table, list[_Line]]]:
+        """Every distribution that some lines need next, with the lines that need it."""
+        wanted: dict[tuple[Any, tuple[int, ...]], list[_Line]] = {}
+        for key, line in zip(keys, lines, strict=True):
+            wanted.setdefault(key, []).append(line)
+        asked = list(wanted)
+        for start in range(0, len(asked), self.at_once):
+            some = asked[start : start + self.at_once]
+            for key, table in zip(some, self._look_up(some), strict=True):
+                yield table, wanted[key]
+
     def _look_up(self, asked: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Table]:
-        """The tables of contexts and symbols, from one call of the prior for those that are not held."""
+        """The tables of contexts and symbols, all different, from one call of the prior for those that are not held."""
         here: dict[tuple[Any, tuple[int, ...]], Table] = {}
-        missing: dict[tuple[Any, tuple[int, ...]], None] = {}
+        missing: list[tuple[Any, tuple[int, ...]]] = []
         for key in asked:
             table = self._tables.get(key)
             if table is None:
-                missing[key] = None
+                missing.append(key)
             else:
                 self._tables.move_to_end(key)
                 here[key] = table
         if missing:
-            for key, expected in zip(missing, self.prior.expect(list(missing)), strict=True):
+            for key, expected in zip(missing, self.prior.expect(missing), strict=True):
                 here[key] = self._tables[key] = Table(expected)
                 self._numbers += here[key].size
             while self._numbers > self.held and len(self._tables) > 1:

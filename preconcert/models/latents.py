@@ -84,9 +84,13 @@ class LatentCodec(nn.Module):
         width: of the model's hidden states.
         scale: typical size of one number of an embedding, from which vectors start.
         seed: of the initial weights.
+        question: the embedding that every query begins near, shape (width,): that of a word after which the model is
+            used to saying something; None for none.
     """
 
-    def __init__(self, settings: LatentSettings, width: int, scale: float, seed: int) -> None:
+    def __init__(
+        self, settings: LatentSettings, width: int, scale: float, seed: int, question: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.width = width
@@ -99,7 +103,10 @@ class LatentCodec(nn.Module):
         k, d = settings.tokens, settings.dims
         if settings.method is LatentMethod.ALIGNED:
             return
-        self.queries = normal(k, width, std=scale)
+        self.queries = normal(k, width, std=scale if question is None else 0.3 * scale)
+        if question is not None:
+            with torch.no_grad():
+                self.queries += question.float().cpu()
         self.out_in = normal(width, width, std=width**-0.5)
         self.out_bias = nn.Parameter(torch.zeros(width))
         self.out_code = normal(d, width, std=width**-0.5)

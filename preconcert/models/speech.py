@@ -60,15 +60,32 @@ class Speech:
             raise ModelError(f"{who} has no codec for latent messages; {nearest(str(adapter), held)}")
         return held[adapter]
 
-    def add(self, adapter: str, settings: LatentSettings, seed: int, source: str | None = None) -> None:
+    def add(
+        self,
+        adapter: str,
+        settings: LatentSettings,
+        seed: int,
+        source: str | None = None,
+        question: Sequence[int] = (),
+    ) -> None:
         """A fresh codec for an adapter, or a copy of another's.
+
+        Args:
+            adapter: the name.
+            settings: shape of its messages.
+            seed: of the initial weights.
+            source: the adapter whose codec is copied.
+            question: tokens near whose mean embedding fresh queries begin.
 
         Raises:
             ModelError: it has one already, or the source has none.
         """
         if adapter in self.codecs:
             raise ModelError(f"adapter {adapter!r} has a codec for latent messages already")
-        codec = LatentCodec(settings, self._width, embedding_scale(self.base), seed)
+        near = None
+        if len(question):
+            near = self.base.get_input_embeddings().weight.detach()[list(question)].mean(0)
+        codec = LatentCodec(settings, self._width, embedding_scale(self.base), seed, near)
         if source is not None:
             original = self.codec(source)
             codec = LatentCodec(original.settings, self._width, original.scale, seed)

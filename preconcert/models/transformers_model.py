@@ -76,6 +76,7 @@ class TransformersModel:
         self._adapters = Adapters(base_model, lora)
         self._body = Body(base_model, window)
         self._sessions = Sessions()
+        self._rows_at_once = rows_of(base_model)
         self._speech = Speech(base_model, self._body)
 
     @classmethod
@@ -259,11 +260,15 @@ class TransformersModel:
     def add_codec(self, adapter: str, settings: LatentSettings, seed: int, source: str | None = None) -> None:
         """Give an adapter a codec for latent messages: a fresh one, or a copy of another adapter's.
 
+        Fresh queries begin near the tag after which messages in words are written: a model that has learned to write
+        those has much of what it wants to say at hand there.
+
         Raises:
             ModelError: there is no such adapter, it has one already, or the source has none.
         """
         self._adapters.check(adapter)
-        self._speech.add(adapter, settings, seed, source)
+        question = self.tokenizer("<say>", add_special_tokens=False)["input_ids"]
+        self._speech.add(adapter, settings, seed, source, question)
 
     def next_logprobs(self, requests: Sequence[NextRequest]) -> list[NDArray[np.float64]]:
         """Natural log-probabilities of each request's next token; the same bits whatever else is in the call.
@@ -274,7 +279,7 @@ class TransformersModel:
         for request in requests:
             self._check(request, len(request.prompt_ids) + 1)
         with self._inference():
-            return next_logprobs(self.base, self._head(), rows_of(self.base), requests)
+            return next_logprobs(self.base, self._head(), self._rows_at_once, self.max_context, requests)
 
     def close_session(self, session: str) -> None:
         """Drop what is cached for a session; unknown names are ignored."""
@@ -387,7 +392,9 @@ class TransformersModel:
                 found.update([value] if isinstance(value, int) else value)
         return sorted(found)
 
-    def _check(self, request: GenerateRequest | ScoreRequest | ChoiceRequest | SpeakRequest, tokens: int) -> None:
+    def _check(
+        self, request: GenerateRequest | ScoreRequest | ChoiceRequest | SpeakRequest | NextRequest, tokens: int
+    ) -> None:
         if not (request.ids if isinstance(request, SpeakRequest) else request.prompt_ids):
             raise ModelError("empty prompt: there is nothing to continue")
         if request.adapter is not None:

@@ -48,7 +48,7 @@ class Speech:
 
     def shown_silence(self, compact: bool) -> str:
         """What stands in the prompt for a message that was not received."""
-        return " ".join([SILENCE] * (1 if self.slots and not compact else self.silence))
+        return " ".join([SILENCE] * (1 if self.slots and not compact and not self.vectors else self.silence))
 
 
 def whole_messages(language: TaskLanguage) -> Speech:

@@ -168,7 +168,7 @@ class CriticReader:
 
     def _truth(self, episode: Episode, index: int) -> tuple[int, ...]:
         held = {
-            (message.sender, message.sent_at, message.payload): message
+            (message.sender, message.sent_at, message.written or message.payload): message
             for trajectory in episode.trajectories.values()
             for message in trajectory.turns[index].inbox
         }

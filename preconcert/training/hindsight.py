@@ -51,7 +51,7 @@ def hindsight_content(
     message: tuple[str, ...] = ()
     speech = speech or whole_messages(language)
     if spans.say and speech.slots:
-        said = turn.message.payload.split() if turn.message is not None else []
+        said = turn.message.written.split() if turn.message is not None else []
         if not speech.stops and len(said) != len(speech.slots):
             said = [slot.choices[-1] for slot in speech.slots]
         following = next_own_action(mine.turns, index)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from preconcert.agents import AgentSettings
-from preconcert.core import Episode, SpanKind, TrainingError, derive_seed
+from preconcert.core import Episode, TrainingError, derive_seed
 from preconcert.models import AdapterRoute, Fill, Fills, TransformersModel
 from preconcert.prompts import TurnFormat
 from preconcert.training.hindsight import hindsight_content
@@ -48,7 +48,9 @@ class LatentStartSettings(BaseModel):
     batch: int = Field(32, ge=1)
     """Moments per step; each has a turn of every agent."""
     lr: float = Field(3e-3, gt=0)
-    """AdamW's peak learning rate, of adapters and codecs; decays along a cosine."""
+    """AdamW's peak learning rate, of adapters; decays along a cosine."""
+    codec_lr: float = Field(1e-2, gt=0)
+    """The same, of codecs, which begin from nothing."""
     distil: float = Field(0.3, ge=0)
     """Weight of the distillation from messages in words; 0 needs no teacher."""
     anchor: float = Field(1.0, ge=0)
@@ -128,7 +130,7 @@ def _lines(
     for index, turn in enumerate(episode.trajectories[agent].turns):
         legal = turn.observation.legal_actions
         prompt, starts = student.prompt_with_places(agent, turn.observation, (), others, done)
-        content = replace(hindsight_content(episode, agent, index, student.language, student.spans), message=())
+        content = hindsight_content(episode, agent, index, student.language, student.spans, student.speech)
         written = student.write(content, others, legal)
         chosen = tuple(place for place, free in enumerate(written.chosen) if free or not settings.constrained)
         text: tuple[int, ...] = ()
@@ -139,18 +141,9 @@ def _lines(
                 hindsight_content(episode, agent, index, teacher.language, teacher.spans), others, legal
             )
             text = before + told.ids
-            places = [
-                len(before) + place
-                for span in told.spans
-                if span.kind is not SpanKind.SAY
-                for place in range(span.start, span.end)
-            ]
-            mine = [place for span in written.spans for place in range(span.start, span.end)]
-            if [text[place] for place in places] != [written.ids[place] for place in mine]:
-                raise TrainingError(f"{agent!r}: a turn with a message in words has other words than one without")
-            place_of = dict(zip(mine, places, strict=True))
-            chosen = tuple(place for place in chosen if place in place_of)
-            taught = tuple(place_of[place] for place in chosen)
+            if told.ids != written.ids:
+                raise TrainingError(f"{agent!r}: a turn with messages in words is another than one with vectors")
+            taught = tuple(len(before) + place for place in chosen)
         words = {
             message.sender: tuple(
                 student.encode(word if student.compact else f" {word}") for word in message.payload.split()
@@ -447,7 +440,12 @@ def train_latents(
     trained = {id(p) for p in parameters}
     for parameter, _ in held:
         parameter.requires_grad_(id(parameter) in trained)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    codecs = {id(p) for seat in start.seats.values() for p in seat.model.codecs[seat.adapter].parameters()}
+    groups = [
+        {"params": [p for p in parameters if id(p) not in codecs], "lr": settings.lr},
+        {"params": [p for p in parameters if id(p) in codecs], "lr": settings.codec_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = max(1, settings.steps // 20)
 
     def rate(step: int) -> float:

@@ -113,7 +113,7 @@ def _announcements(episode: Episode, key: TurnKey, turn: Turn, language: TaskLan
     # The word that ends a message has a span, too, and is no word of it.
     return [
         _guess(episode, key, turn, span, Kind.ANNOUNCEMENT, 1, word, real, None)
-        for span, word in zip(written, turn.message.payload.split(), strict=False)
+        for span, word in zip(written, turn.message.written.split(), strict=False)
         if (span.kind, span.slot) in announced
     ]
 

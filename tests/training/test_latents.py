@@ -225,7 +225,9 @@ def test_rows_hold_what_was_heard_and_said(talking: TransformersModel) -> None:
         assert row.said == turn.message.latent
         assert turn.message.payload.count(",") == SHAPE["tokens"] * (SHAPE["dims"] - 1)
         assert [placed.latent for placed in row.heard] == [message.latent for message in turn.inbox]
-        assert all(span.kind is not SpanKind.SAY for span in turn.spans)
+        words = [team.format.text(turn.completion_ids[s.start : s.end]) for s in turn.spans if s.kind is SpanKind.SAY]
+        assert turn.message.written.split() == words  # its own note, which is not sent
+        assert len(words) == 2
         assert not row.heard or all(source.adapter for source in row.sources)
         quiet = {row.prompt_ids[placed.start + j] for placed in row.heard for j in range(SHAPE["tokens"])}
         assert quiet <= set(team.format.encode("quiet"))

@@ -42,7 +42,7 @@ def noisy(message: Message, deviation: float, rng: np.random.Generator) -> Messa
         numbers = requantised(numbers, latent.levels)
         # A number that stays where it was arrives as it was written, to the last digit.
         numbers = np.where(numbers == requantised(sent, latent.levels), sent, numbers)
-    return replace(message, latent=_latent(numbers, latent.levels))
+    return replace(message, latent=replace(latent, values=_latent(numbers, latent.levels).values))
 
 
 def requantised(numbers: NDArray[np.float64], levels: int) -> NDArray[np.float64]:

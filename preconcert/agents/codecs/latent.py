@@ -1,7 +1,8 @@
 """Codec `latent`: a few vectors, written by learned queries that read what the sender has read and written.
 
-The turn itself holds no words for others. `GenerativeTeam` has the model write the vectors once the turns of a step are
-there; what they cost is `Latent.bits`.
+The turn holds the task's words as with `slots`: they are the sender's own note of what it means to say, which the
+queries read with all the rest of the turn, and which is not sent. `GenerativeTeam` has the model write the vectors once
+the turns of a step are there; what they cost is `Latent.bits`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class LatentTurnCodec(TurnCodec):
 
     def __init__(self, language: TaskLanguage, spans: SpanSettings, settings: LatentCodecSettings) -> None:
         note = "What another agent is said to have said is no words; it is for you to make sense of."
-        super().__init__(language, spans, Speech(silence=settings.tokens, note=note, vectors=settings.tokens))
+        speech = Speech(language.message, silence=settings.tokens, note=note, vectors=settings.tokens)
+        super().__init__(language, spans, speech)
         self.settings = settings
 
     def encode(self, turn: Turn) -> Message | None:

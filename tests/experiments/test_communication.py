@@ -1,0 +1,122 @@
+"""How experiments `communication` and `channel` count and read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preconcert.agents import ChannelSettings
+from preconcert.core import Latent, Message
+from preconcert.envs import make_env
+from preconcert.experiments.channel_study import CHANNEL, channels, worst
+from preconcert.experiments.communication import COMMUNICATION, CONTROLS
+from preconcert.experiments.communication_report import pareto
+from preconcert.experiments.communication_work import _worded, area, examples, lengths, talk_and_judge
+from preconcert.experiments.experiment import CellResult, Scale, cells_of
+from preconcert.training.reporter import Silent
+from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+
+
+def test_area_is_the_share_of_the_range_of_bits() -> None:
+    assert area([(0.0, 1.0), (3.0, 1.0)]) == pytest.approx(1.0)
+    assert area([(0.0, 0.0), (1.0, 1.0), (3.0, 1.0)]) == pytest.approx(0.75)
+
+
+def test_pareto_keeps_what_no_other_beats_in_both() -> None:
+    points = [(10.0, 0.5), (20.0, 0.9), (15.0, 0.4), (30.0, 0.9), (5.0, 0.2)]
+    assert pareto(points) == [(5.0, 0.2), (10.0, 0.5), (20.0, 0.9)]
+
+
+def test_latent_messages_are_coded_number_by_number() -> None:
+    latent = Latent(((-1.0, 1.0), (0.0, 0.5)), 5)
+    message = Message("a", ("b",), "0,4 2,3", 0.0, 2, 0, latent=latent)
+    worded = _worded(message)
+    assert worded is not None
+    assert worded.payload == "0 4 2 3"
+    assert worded.raw_bits == pytest.approx(4 * math.log2(5)) == pytest.approx(message.raw_bits)
+
+
+def test_a_prior_that_knows_the_messages_needs_fewer_bits() -> None:
+    params = {"size": 4, "landmarks": 2, "horizon": 6}
+    slots = make_env("rendezvous", params, 0).language.message
+
+    def played(first: int) -> list[Any]:
+        specs = [EpisodeSpec("rendezvous", params, first + n, sample=n) for n in range(40)]
+        return rollout(specs, ScriptedPolicy("scripted"), ChannelSettings(), 0)
+
+    found = lengths(played(0), played(100), slots)
+    assert found["bits_raw"] is not None
+    assert found["bits_coded"] is not None
+    assert 0 < found["bits_coded"] < 0.8 * found["bits_raw"]
+    shown = examples(played(0), "open")
+    assert {each["about"] for each in shown} <= {"a", "b", "unknown"}
+
+
+def fabricate(measures: Mapping[str, float], experiment: Any, scale: Scale) -> list[CellResult]:
+    notes = {
+        "messages": [
+            {"words": "a north", "numbers": [], "sender": "agent_0", "step": n, "about": "ab"[n % 2], "action": "north"}
+            for n in range(60)
+        ]
+    }
+    found = []
+    for cell in cells_of(experiment, scale):
+        plan = experiment.plans[scale]
+        names = set(measures)
+        for arm in plan.arms:
+            if arm.name == cell.arm:
+                names |= {f"success_{name}" for name in {**plan.options, **arm.options}.get("channels", {})}
+        own = {name: measures.get(name, 0.5) + 0.01 * cell.seed for name in sorted(names)}
+        if cell.arm in ("none", "oracle"):
+            own = {"success_on": measures["success_on"] - 0.4 + 0.01 * cell.seed}
+        found.append(CellResult(cell, own, {}, None, {}, notes if cell.arm == "learned" else {}))
+    return found
+
+
+def test_communication_says_its_targets(tmp_path: Any) -> None:
+    measures = {"success_on": 0.9, "success_shuffled": 0.3, "bits_raw": 20.0, "bits_coded": 9.0, "area": 0.7}
+    cells = fabricate(measures, COMMUNICATION, Scale.STANDARD)
+    for each in cells:
+        if each.cell.arm == "raw-state":
+            each.measures["bits_raw"] = 100.0  # type: ignore[index]
+        if each.cell.arm.startswith("latent"):
+            each.measures["bits_raw"] = 40.0  # type: ignore[index]
+    report = COMMUNICATION.report(COMMUNICATION.plans[Scale.STANDARD], cells)
+    texts = [finding.text for finding in report.findings]
+    assert "more (40 against 20 bits" in texts[0]
+    assert any("rendezvous. Target: a learned arm within 3 points" in text and "Met: learned" in text for text in texts)
+    assert not any("Met" in text and "latent-1 (" in text and "quarter" in text for text in texts)
+    assert any("shuffling costs at least 20%" in text and "Met by every arm" in text for text in texts)
+    assert any(table.name == "words-rendezvous" for table in report.tables)
+
+
+def test_the_channel_study_reads_the_worst_case_and_its_targets() -> None:
+    cells = fabricate({"success_on": 0.9, "success_erasure_0.3": 0.2}, CHANNEL, Scale.STANDARD)
+    assert all(worst(each) is None for each in cells if each.cell.arm == "none")
+    told = [each for each in cells if each.cell.arm == "slots" and each.cell.seed == 0]
+    assert worst(told[0]) == pytest.approx(0.2)
+    report = CHANNEL.report(CHANNEL.plans[Scale.STANDARD], cells)
+    assert any("at total erasure" in finding.text for finding in report.findings)
+    assert {"erasure_1", "noise_0.3", "delay_4", "cap_0"} <= set(channels("latent"))
+    assert "noise_0.3" not in channels("text")
+
+
+@pytest.mark.parametrize("arm", ["learned", "latent-1", "oracle"])
+def test_a_cell_is_trained_and_played_through_every_channel(arm: str, tmp_path: Path) -> None:
+    cell = next(each for each in cells_of(COMMUNICATION, Scale.SMOKE) if (each.arm, each.seed) == (arm, 0))
+    found = talk_and_judge(cell.recipe, tmp_path / "cell", cell.options, tmp_path / "warm", Silent())
+    if arm == "oracle":
+        assert set(found.measures) == {"success_on"}
+        return
+    played = {f"success_{name}" for name in CONTROLS} | {"success_cap_0", "success_cap_8"}
+    assert played <= set(found.measures)
+    assert found.measures["success_cap_0"] == found.measures["success_off"]
+    assert found.notes["messages"]
+    if arm == "latent-1":
+        messages = found.measures["messages_per_episode"]
+        assert messages is not None
+        assert found.measures["bits_raw"] == pytest.approx(messages * 2 * math.log2(4))
