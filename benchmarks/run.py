@@ -13,6 +13,8 @@ Each row of the table is one piece of the library (`ours`) beside a plain way of
 * PPO: two passes of the trainer over the rows of a rollout, a central critic's values of it and its own learning from
   it, beside the two passes alone;
 * credit: from 4,096 finished turns to advantages, beside what playing and training on a turn takes;
+* messages: the length of every message of a rollout under counts of words, and every message turned into bits under a
+  model's adapter and back, beside the rollout (see `speech.py`);
 * planning: one decision of 32 agents, 16 candidates each imagined 5 steps ahead by the token world model, beside the
   same search candidate by candidate, and beside bare generation of as many tokens (see `planning.py`).
 
@@ -41,6 +43,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.planning import PlanningBench
+from benchmarks.speech import SpeechBench
 from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam
 from preconcert.core import Episode, uniforms
 from preconcert.envs import make_env
@@ -110,6 +113,8 @@ COMPARISONS = (
     Comparison("GRPO update / bare forward and backward", "update", "bare update", "step", 1.3, False),
     Comparison("PPO update, critic included / GRPO update", "ppo", "grpo", "rollout", 1.8, False),
     Comparison("credit / playing and training", "credit", "training", "turn", 0.02, False),
+    Comparison("metering messages / rollout", "metering", "rollout", "turn", 0.05, False),
+    Comparison("coding messages by a model / rollout", "coding", "rollout", "turn", 0.05, False),
     Comparison("planning / candidate by candidate", "planning", "candidate by candidate", "decision", 5.0, True),
     Comparison("planning / bare generation", "planning", "bare imagination", "decision", 1.5, False),
 )
@@ -186,6 +191,8 @@ class Bench:
             "ppo": self.ppo,
             "credit": self.credit,
             "training": self.training,
+            "metering": lambda: self._speech.metering(),
+            "coding": lambda: self._speech.coding(),
             "planning": lambda: self._planner.planning(),
             "candidate by candidate": lambda: self._planner.one_by_one(),
             "bare imagination": lambda: self._planner.bare_generation(),
@@ -260,6 +267,7 @@ class Bench:
         teams = self._team(self.model), self._team(OneAtATime(self.model))
         ours, other = (rollout([spec], team, ChannelSettings(), 0)[0] for team in teams)
         self._planner.check()
+        self._speech.check()
         for agent in AGENTS:
             pairs = zip(ours.trajectories[agent].turns, other.trajectories[agent].turns, strict=True)
             assert all(a.completion_ids == b.completion_ids for a, b in pairs), "the two sides sampled differently"
@@ -283,6 +291,10 @@ class Bench:
     def _play(self, model: Any, seeds: int, group: int) -> list[Episode]:
         specs = [EpisodeSpec(TASK, {}, seed, sample=k) for seed in range(seeds) for k in range(group)]
         return rollout(specs, self._team(model), ChannelSettings(), 0)
+
+    @cached_property
+    def _speech(self) -> SpeechBench:
+        return SpeechBench(self.scale.width, self.folder, self.scale.seeds, self.scale.group)
 
     @cached_property
     def _planner(self) -> PlanningBench:
