@@ -14,7 +14,8 @@ Each row of the table is one piece of the library (`ours`) beside a plain way of
   it, beside the two passes alone;
 * credit: from 4,096 finished turns to advantages, beside what playing and training on a turn takes;
 * messages: the length of every message of a rollout under counts of words, and every message turned into bits under a
-  model's adapter and back, beside the rollout (see `speech.py`);
+  model's adapter and back, beside the rollout; turns after prompts with latent messages, beside as many words (see
+  `speech.py`);
 * planning: one decision of 32 agents, 16 candidates each imagined 5 steps ahead by the token world model, beside the
   same search candidate by candidate, and beside bare generation of as many tokens (see `planning.py`).
 
@@ -115,6 +116,7 @@ COMPARISONS = (
     Comparison("credit / playing and training", "credit", "training", "turn", 0.02, False),
     Comparison("metering messages / rollout", "metering", "rollout", "turn", 0.05, False),
     Comparison("coding messages by a model / rollout", "coding", "rollout", "turn", 0.05, False),
+    Comparison("prompts with vectors / with as many words", "hearing", "reading", "turn", 1.05, False),
     Comparison("planning / candidate by candidate", "planning", "candidate by candidate", "decision", 5.0, True),
     Comparison("planning / bare generation", "planning", "bare imagination", "decision", 1.5, False),
 )
@@ -193,6 +195,8 @@ class Bench:
             "training": self.training,
             "metering": lambda: self._speech.metering(),
             "coding": lambda: self._speech.coding(),
+            "hearing": lambda: self._speech.hearing(),
+            "reading": lambda: self._speech.reading(),
             "planning": lambda: self._planner.planning(),
             "candidate by candidate": lambda: self._planner.one_by_one(),
             "bare imagination": lambda: self._planner.bare_generation(),

@@ -4,23 +4,38 @@
 turns every message into bits under a model's adapter and back into words, as sender and receiver would, each with
 distributions of its own. A prior is fitted once, so those that came up in one rollout are still held in the next one;
 the messages are another rollout's every time.
+
+`hearing` answers prompts that hold a latent message of k vectors, `reading` the same prompts with k words in their
+place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam
-from preconcert.core import Episode
+from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam, codec_of, turn_format_of
+from preconcert.agents.codecs import LatentCodecSettings
+from preconcert.core import Episode, Latent, derive_seed
 from preconcert.envs import make_env
-from preconcert.models import LoraSettings, StarterSettings, TransformersModel, build_starter
+from preconcert.models import (
+    GenerateRequest,
+    LatentSettings,
+    LoraSettings,
+    Placed,
+    StarterSettings,
+    TransformersModel,
+    build_starter,
+    quantised,
+)
 from preconcert.models.entropy_coding import MessageCoder
-from preconcert.prompts import starter_words
+from preconcert.prompts import SpanSettings, starter_words
 from preconcert.prompts.prior_format import PriorFormat
 from preconcert.training.message_prior import ADAPTER, CountPrior, PublicContext, model_prior, spoken
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -64,6 +79,48 @@ class SpeechBench:
         messages = self._next()
         self._there_and_back(messages, *self._ends)
         return len(messages)
+
+    def hearing(self) -> int:
+        """Turns after prompts with vectors in them."""
+        return len(self.model.generate(self._asked(True)))
+
+    def reading(self) -> int:
+        """Turns after the same prompts with as many words."""
+        return len(self.model.generate(self._asked(False)))
+
+    def _asked(self, vectors: bool) -> list[GenerateRequest]:
+        return self._prompts[vectors]
+
+    @cached_property
+    def _prompts(self) -> tuple[list[GenerateRequest], list[GenerateRequest]]:
+        """The prompts of a rollout's second turns, each with words or with vectors from everyone else."""
+        count = len(self.env.language.message)
+        shape = LatentSettings(tokens=count)
+        for number, agent in enumerate(self.env.agents):
+            self.model.add_codec(agent, shape, number)
+        words: list[GenerateRequest] = []
+        latent: list[GenerateRequest] = []
+        settings = LatentCodecSettings(tokens=count)
+        codec = codec_of(settings, self.env.language, SpanSettings())
+        places = turn_format_of(self.model.tokenizer, AgentSettings(codec=settings), codec)
+        for episode in self._play(9):
+            for agent, trajectory in episode.trajectories.items():
+                turn = trajectory.turns[1]
+                others = tuple(other for other in episode.trajectories if other != agent)
+                automaton = self.team.format.automaton(others, turn.observation.legal_actions)
+                plain = GenerateRequest(turn.prompt_ids, len(words), agent, automaton, max_tokens=96)
+                ids, starts = places.prompt_with_places(agent, turn.observation, turn.inbox, others)
+                assert len(ids) == len(turn.prompt_ids), "the prompts are of different lengths"
+                # The same words, the same vectors: equal prompts are read once on either side.
+                rng = np.random.default_rng(derive_seed(*(message.payload for message in turn.inbox)))
+                values = quantised(torch.from_numpy(rng.normal(size=(len(others), count, shape.dims))), shape.levels)
+                heard = tuple(
+                    Placed(starts[other], Latent(tuple(map(tuple, numbers)), shape.levels))
+                    for other, numbers in zip(others, values.tolist(), strict=True)
+                )
+                words.append(plain)
+                latent.append(replace(plain, prompt_ids=ids, latents=heard))
+        return words, latent
 
     def check(self) -> None:
         """What is coded comes back, or nothing was measured."""
