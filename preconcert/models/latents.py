@@ -106,7 +106,7 @@ class LatentCodec(nn.Module):
         self.queries = normal(k, width, std=scale if question is None else 0.3 * scale)
         if question is not None:
             with torch.no_grad():
-                self.queries += question.float().cpu()
+                self.queries.add_(question.float().cpu())
         self.out_in = normal(width, width, std=width**-0.5)
         self.out_bias = nn.Parameter(torch.zeros(width))
         self.out_code = normal(d, width, std=width**-0.5)

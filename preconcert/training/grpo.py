@@ -595,6 +595,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             self._metrics["train"] = held
 
     def _open_route(self, names: Sequence[str | None], batch: Mapping[str, torch.Tensor]) -> None:
+        """Rows go through these adapters, and latent messages stand in their places, until `_close_route`."""
         self._close_route()
         model = self.accelerator.unwrap_model(self.model)
         if "heard_at" in batch:

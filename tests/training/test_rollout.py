@@ -88,7 +88,7 @@ def test_training_recomputes_the_logprobs_of_the_rollout(
     batch = trainer._generate_and_score_completions(None)
     with torch.no_grad():
         trainer._present = batch
-        trainer._open_route([trainer.adapter_names[i] for i in batch["adapter"].tolist()])
+        trainer._open_route([trainer.adapter_names[i] for i in batch["adapter"].tolist()], batch)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         found, entropy, _ = trainer._get_per_token_logps_and_entropies(
