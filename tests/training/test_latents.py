@@ -241,3 +241,21 @@ def test_a_turn_is_the_same_whatever_else_is_in_the_batch(talking: TransformersM
         one, other = (e.trajectories[agent].turns for e in (alone, together))
         assert [t.completion_ids for t in one] == [t.completion_ids for t in other]
         assert [t.message and t.message.payload for t in one] == [t.message and t.message.payload for t in other]
+
+
+def test_training_free_messages_go_through_reinforcement_learning_as_they_are(
+    starter: TransformersModel, tmp_path: Path
+) -> None:
+    """Nothing was drawn, so nothing of a message is reinforced; those who read it learn all the same."""
+    shape = {"tokens": 2, "levels": 0, "method": "aligned"}
+    for seed, name in enumerate(AGENTS):
+        starter.add_codec(name, LatentSettings(**shape), seed)
+    team = team_on(starter, AgentSettings(codec={"type": "latent", **shape}))
+    rows, table = rows_of(team, play(team), uneven, speech=SpeechGradient.BOTH)
+    assert all(row.said is None for row in rows)
+    assert any(row.heard for row in rows)
+    plain = [replace(row, heard=(), sources=()) for row in rows]
+    hearing, deaf = (
+        gradients_of(trainer_on(starter, FixedSource(each), table, tmp_path), starter) for each in (rows, plain)
+    )
+    assert largest_difference(hearing, deaf) > 1e-6
