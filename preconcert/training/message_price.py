@@ -15,7 +15,8 @@ methods (Stooke et al., arXiv 2007.03964):
 Nothing needs tuning: e is a share of the cap, and λ · B, what a message of the cap's length costs, is in units of
 advantages, which estimators bring to a standard deviation of 1. How fast policies answer to a price is not known
 beforehand, so the gain g finds it out (as Rprop does for weights): it is halved when the violation changes its side,
-and grows while it stays on one and does not shrink.
+and grows while it stays on one and does not shrink. While there is no price and nothing to bring down, nothing is found
+out, and g is 1 again.
 
 B_i comes down evenly from what is said in the first iteration to the cap, over a share of the run; then it stays, while
 the decaying learning rate of the run lets less and less happen. The control never stops: it is what holds the bits in
@@ -135,6 +136,10 @@ class PriceControl:
         goal = self.goal(iteration)
         assert goal is not None
         violation = max(-LARGEST, min(LARGEST, (bits - goal) / goal))
+        if not self.price and not self._sum and violation <= 0:
+            # Without a price nothing answers to it: such iterations say nothing of how fast policies do.
+            self._gain, self._before = 1.0, 0.0
+            return
         self._adapt(violation)
         self._sum = max(0.0, self._sum + self._gain * ASCENT * violation)
         self.price = max(0.0, self._sum + self._gain * DAMPING * violation) * messages / cap

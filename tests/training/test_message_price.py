@@ -337,6 +337,30 @@ def test_a_cap_per_episode_is_the_same_cap_in_other_words() -> None:
         assert many.price == pytest.approx(one.price, abs=1e-12)
 
 
+@pytest.mark.parametrize("bits", [0.5, 2.9, 3.0])
+def test_a_control_that_was_idle_answers_like_a_new_one(bits: float) -> None:
+    idle, new = (PriceControl(MessagePriceSettings(cap_bits=3.0, ramp=0.0), 60) for _ in range(2))
+    for iteration in range(20):
+        idle.observe(iteration, bits, 1.0)
+        assert (idle.price, idle.state_dict()["gain"]) == (0.0, 1.0)
+    for iteration, said in enumerate((3.15, 3.3, 3.2, 2.8, 2.9)):
+        idle.observe(20 + iteration, said, 1.0)
+        new.observe(iteration, said, 1.0)
+        assert idle.price == new.price
+        assert iteration or idle.price == pytest.approx(7.0 * 0.05 / 3.0, abs=1e-12), "ascent and damping, gain 1"
+
+
+def test_a_price_that_has_gone_back_to_nothing_starts_from_a_gain_of_one() -> None:
+    control = PriceControl(MessagePriceSettings(cap_bits=3.0, ramp=0.0), 60)
+    for iteration, said in enumerate((3.6, 3.7, 3.8)):
+        control.observe(iteration, said, 1.0)
+    assert control.state_dict()["gain"] > 1.0
+    for iteration in range(3, 9):
+        control.observe(iteration, 1.0, 1.0)
+    held = control.state_dict()
+    assert (held["price"], held["sum"], held["gain"], held["before"]) == (0.0, 0.0, 1.0, 0.0)
+
+
 def test_a_price_without_a_cap_stays() -> None:
     control = PriceControl(MessagePriceSettings(price=0.2), 10)
     control.observe(0, 5.0, 1.0)
