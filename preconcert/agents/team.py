@@ -118,6 +118,7 @@ class GenerativeTeam:
 
     Raises:
         UnknownNameError: an adapter that the model does not have.
+        ConfigError: an adapter's codec for latent messages has another shape than the settings say.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class GenerativeTeam:
         self.codec = codec_of(settings.codec, language, settings.spans)
         self.codec.check(tuple(assignment))
         self.format = turn_format_of(model.tokenizer, settings, self.codec)
+        self._check_codecs()
         self.language = language
         self.tokens_generated = 0
         """Tokens written so far, forced ones included."""
@@ -151,6 +153,22 @@ class GenerativeTeam:
         """Keep with every intention the probabilities of all the words it could have been (`Intention.distributions`).
         Needs `settings.constrained`, and words that begin with different tokens; where they do not, none is kept."""
         self._memories: dict[tuple[str, str], Memory] = {}
+
+    def _check_codecs(self) -> None:
+        """Adapters write messages of the shape that prompts have room for, and that they were trained with."""
+        wanted = self.settings.codec
+        if not isinstance(wanted, LatentCodecSettings):
+            return
+        held: Mapping[str, Any] = getattr(self.model, "codecs", {})
+        for adapter in dict.fromkeys(self.assignment.values()):
+            if adapter is not None and adapter in held:
+                own = held[adapter].settings
+                for key in ("tokens", "dims", "levels", "method"):
+                    if getattr(own, key) != getattr(wanted, key):
+                        raise ConfigError(
+                            f"agent.codec.{key}={getattr(wanted, key)}, but the codec of adapter {adapter!r} has "
+                            f"{getattr(own, key)}"
+                        )
 
     def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         """One turn per request, from a single batch.

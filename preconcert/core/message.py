@@ -41,7 +41,8 @@ class Message:
     payload: str
     """The words, separated by single spaces; for a latent message one word per vector, for people."""
     bits: float
-    """Length in bits: the negative log2 probability of the sampled words under the sender's own model."""
+    """Length in bits: the negative log2 probability of the sampled words under the sender's own model; of a latent
+    message `Latent.bits`."""
     tokens: int
     """Number of tokens in the payload."""
     sent_at: int

@@ -143,7 +143,9 @@ def _relative_loss(readings: Readings, arm: str, task: str) -> Estimate | None:
 
     def read(cell: CellResult) -> float | None:
         plain, shuffled = cell.measures.get("success_on"), cell.measures.get("success_shuffled")
-        return None if plain is None or shuffled is None or plain <= 0 else 1.0 - shuffled / plain
+        if plain is None or shuffled is None:
+            return None
+        return 1.0 - shuffled / plain if plain > 0 else 0.0  # a team that always fails loses nothing
 
     return readings.estimate(arm, read, task)
 
@@ -218,12 +220,12 @@ def _targets(plan: Plan, readings: Readings, tasks: Sequence[str]) -> list[Findi
                     bool(above),
                 )
             )
-        losses = {
-            name: lost
-            for name in (RAW, *learned_arms(plan))
-            if (lost := _relative_loss(readings, name, task)) is not None
-        }
-        weak = [f"{name} ({lost.value:.2f})" for name, lost in losses.items() if lost.value < LOSS]
+        losses = {name: _relative_loss(readings, name, task) for name in (RAW, *learned_arms(plan))}
+        weak = [
+            f"{name} ({'no value' if lost is None else f'{lost.value:.2f}'})"
+            for name, lost in losses.items()
+            if lost is None or lost.value < LOSS
+        ]
         found.append(
             Finding(
                 f"{task}. Target: shuffling costs at least {100 * LOSS:.0f}% of success. "

@@ -125,6 +125,8 @@ def lengths(
         "bits_raw": sum(message.raw_bits for message in said) / len(played),
         "bits_own": sum(message.bits for message in said) / len(played),
     }
+    if any(message.latent is not None for message in said):
+        found["bits_own"] = None  # a density of numbers is no length
     if not said or any(message.latent is not None and not message.latent.levels for message in said):
         return found
     learned, heldout = [_in_numbers(episode) for episode in counted], [_in_numbers(episode) for episode in played]

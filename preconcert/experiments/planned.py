@@ -104,6 +104,8 @@ def world_of(players: Players, run: Path, kind: WorldKind, policy: Rehearsing) -
     Raises:
         ConfigError: the run has no world model of its own.
     """
+    if players.recipe.agent.codec.type == "latent":
+        raise ConfigError("planners imagine messages in words, and the agents of this run talk in vectors")
     if kind is WorldKind.ORACLE:
         return OracleWorldModel(policy)
     own: WorldModel = load_world_model(run, players.model)

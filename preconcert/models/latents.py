@@ -126,9 +126,11 @@ class LatentCodec(nn.Module):
         """Of that Gaussian; kept between 0.02 and 2."""
         return self.log_deviation.clamp(math.log(0.02), math.log(2.0)).exp()
 
-    def logprob(self, drawn: Float[Tensor, "rows k d"], mean: Float[Tensor, "rows k d"]) -> Float[Tensor, "rows k"]:
-        """Log-density of each vector that was drawn, in nats."""
-        deviation = self.deviation()
+    def logprob(
+        self, drawn: Float[Tensor, "rows k d"], mean: Float[Tensor, "rows k d"], temperature: float | Tensor = 1.0
+    ) -> Float[Tensor, "rows k"]:
+        """Log-density of each vector that was drawn, in nats; the temperature widens the Gaussian."""
+        deviation = self.deviation() * temperature
         scaled = (drawn - mean) / deviation
         return (-0.5 * scaled**2 - deviation.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 

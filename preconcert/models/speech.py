@@ -207,7 +207,10 @@ class Speech:
             mean = codec.mean(hidden[mine])
             noise = torch.from_numpy(np.stack([_noise(requests[row], codec.settings) for row in mine])).to(mean)
             drawn = mean + codec.deviation() * noise
-            sent, logps = codec.sent(drawn), codec.logprob(drawn, mean)
+            sent = codec.sent(drawn)
+            # A greedy sender draws nothing; its density is that of temperature 1, as for words.
+            wide = torch.tensor([requests[row].temperature or 1.0 for row in mine]).to(mean)[:, None, None]
+            logps = codec.logprob(drawn, mean, wide)
             numbers = zip(mine, sent.cpu().tolist(), drawn.cpu().tolist(), logps.cpu().tolist(), strict=True)
             for row, one, other, density in numbers:
                 answers[row] = Latent(_tuples(one), codec.settings.levels, _tuples(other), tuple(density))

@@ -279,7 +279,9 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         """The loss of latent messages; a vector counts as much as a token of the policy."""
         model = self.accelerator.unwrap_model(self.model)
         clip = (self.args.epsilon, self.args.epsilon_high)
-        total, figures = speech_loss(inputs, states, codecs_of(model), self.adapter_names, clip, self._only)
+        total, figures = speech_loss(
+            inputs, states, codecs_of(model), self.adapter_names, clip, self._only, self.temperature
+        )
         if self._only is None:
             for name, value in figures.items():
                 self._metrics["train"][name].append(value)
@@ -669,6 +671,8 @@ def _piece(batch: Mapping[str, torch.Tensor], places: torch.Tensor, heard: torch
     piece = {name: value[places] if value.ndim else value for name, value in batch.items()}
     piece["tool_mask"] = piece["tool_mask"] * heard[:, None]
     piece["target_ids"] = torch.where(heard[:, None], piece["target_ids"], -1)
+    if "said_at" in piece:
+        piece["said_at"] = torch.where(heard, piece["said_at"], -1)
     return piece
 
 

@@ -49,7 +49,7 @@ def train_latent_stage(
         return None
     beside, warm, old = out / "warm.new", out / "warm", out / "warm.old"
     if (out / LATENT_START).is_file():
-        if old.is_dir() or not warm.is_dir():  # it was cut off while the folders changed places
+        if beside.is_dir() or old.is_dir():  # it was cut off while the folders changed places
             _swap(beside, warm, old)
         return None
     if not env.language.message:

@@ -7,6 +7,7 @@ Parts: `train_mixed` (every agent's own warm start, then codecs and adapters of 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from preconcert.agents import GenerativeTeam, SlotsSettings, codec_of, turn_form
 from preconcert.agents.codecs import LatentCodecSettings
 from preconcert.core import ConfigError, UnknownNameError, derive_seed
 from preconcert.envs import make_env
-from preconcert.models import LatentSettings, TransformersModel
+from preconcert.models import LatentMethod, LatentSettings, TransformersModel
 from preconcert.training.imitation import scripted_episodes
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_start import LatentStart, Seat, lines_of, train_latents
@@ -25,6 +26,8 @@ from preconcert.training.run import RESULT, assign, load_model, warm_start
 from preconcert.training.warm_cache import WarmCache, in_words
 
 _TEACHER = "teacher"
+_ASKED = "mixed.json"
+"""What was asked for."""
 
 
 class MixedTeam:
@@ -81,22 +84,32 @@ def train_mixed(
         The folder: one of each agent's name, with `base/` and `adapters/`.
 
     Raises:
-        ConfigError: the recipe's agents do not talk in vectors, or a key is none that bases can differ in.
+        ConfigError: the recipe's agents do not talk in vectors, the task has no messages, or the folder holds another
+            team.
         UnknownNameError: there is no such agent.
     """
     reporter = reporter or Silent()
     codec = recipe.agent.codec
     if not isinstance(codec, LatentCodecSettings):
         raise ConfigError(f"a mixed team talks in vectors: set agent.codec=latent, not {codec.type}")
-    if (out / RESULT).is_file():
-        return out
+    if codec.method is not LatentMethod.LEARNED:
+        raise ConfigError(f"agent.codec.method={codec.method.value} sends embeddings, which bases do not share")
     env = make_env(recipe.task, recipe.params, 0, "train")
+    if not env.language.message:
+        raise ConfigError(f"the task {recipe.task} has no messages")
     for agent, changed in bases.items():
         if agent not in env.agents:
             raise UnknownNameError("agent", agent, env.agents)
         for key in changed:
             if key not in _MAY_DIFFER:
                 raise UnknownNameError("key in which bases can differ", key, _MAY_DIFFER)
+    asked = {"recipe": recipe.model_dump(mode="json"), "bases": {agent: dict(bases[agent]) for agent in bases}}
+    if (out / _ASKED).is_file() and json.loads((out / _ASKED).read_text()) != json.loads(json.dumps(asked)):
+        raise ConfigError(f"{str(out)!r} holds a mixed team of another recipe or of other bases")
+    if (out / RESULT).is_file():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / _ASKED, asked)
     cache = WarmCache(warm_cache) if warm_cache is not None else None
     recipes: dict[str, Recipe] = {}
     models: dict[str, TransformersModel] = {}

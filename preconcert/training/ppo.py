@@ -60,7 +60,9 @@ class MultiAgentPPOTrainer(MultiAgentGRPOTrainer):
         found = self.critic.fit(rollout.returns, iteration, _Together(self.accelerator))
         if iteration >= self.critic.settings.warmup_iterations:
             return replace(rollout, metrics={**rollout.metrics, **found})
-        rows = [replace(row, advantages=np.zeros_like(row.advantages)) for row in rollout.rows]
+        rows = [
+            replace(row, advantages=np.zeros_like(row.advantages), said_advantage=0.0) for row in rollout.rows
+        ]
         return replace(rollout, rows=rows, metrics={**rollout.metrics, **found})
 
     def _save_own(self, folder: Path) -> None:

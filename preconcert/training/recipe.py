@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings
 from preconcert.core import SpanKind
 from preconcert.envs import TALK_ROUNDS, with_rounds
-from preconcert.models import LoraSettings, StarterSettings
+from preconcert.models import LatentMethod, LoraSettings, StarterSettings
 from preconcert.training.credit import AgentCredit, CreditSettings, PredictionSettings, RewardMode, RewardSettings
 from preconcert.training.critic import CriticSettings
 from preconcert.training.imagination import ImaginationSettings
@@ -289,17 +289,41 @@ class Recipe(BaseModel):
     def _latents_fit(self) -> None:
         """What cannot go with vectors."""
         if self.agent.codec.type != "latent":
+            self._paths_fit()
             return
         if not self.agent.spans.say:
             raise ValueError("agent.codec=latent and agent.spans.say=false do not go together: nobody would talk")
         if self.league is not None:
             raise ValueError("agent.codec=latent and a league do not go together: opponents read no vectors")
-        if self.grpo.speech is not SpeechGradient.SCORE:
-            channel = self.channel
-            if self.grpo.gradient_checkpointing:
-                raise ValueError(f"grpo.speech={self.grpo.speech.value} does not go with gradient_checkpointing")
-            if channel.mode is not ChannelMode.ON:
-                raise ValueError(f"grpo.speech={self.grpo.speech.value} needs channel.mode=on, where messages arrive")
+        if self.grpo.beta:
+            raise ValueError("grpo.beta and agent.codec=latent do not go together: the reference reads no vectors")
+        if self.grpo.imagination is not None:
+            raise ValueError("grpo.imagination and agent.codec=latent do not go together: the imagined read words")
+        if self.update.order is not Order.SIMULTANEOUS or self.update.ratio is not RatioLevel.TOKEN:
+            raise ValueError(
+                "agent.codec=latent needs update.order=simultaneous and update.ratio=token: what is said in vectors is "
+                "no part of the other ratios"
+            )
+        if self.grpo.loss != "dapo":
+            raise ValueError(f"agent.codec=latent needs grpo.loss=dapo, not {self.grpo.loss}: others count rows")
+        self._paths_fit()
+
+    def _paths_fit(self) -> None:
+        """Where the gradient through a message reaches nobody."""
+        speech, channel = self.grpo.speech, self.channel
+        if speech is SpeechGradient.SCORE:
+            return
+        if self.agent.codec.type != "latent" or self.agent.codec.method is LatentMethod.ALIGNED:
+            raise ValueError(f"grpo.speech={speech.value} is for agent.codec=latent with method=learned")
+        if self.grpo.gradient_checkpointing:
+            raise ValueError(f"grpo.speech={speech.value} does not go with gradient_checkpointing")
+        if channel.mode is not ChannelMode.ON:
+            raise ValueError(f"grpo.speech={speech.value} needs channel.mode=on, where messages arrive")
+        if self.grpo.credit.branches:
+            raise ValueError(
+                f"grpo.speech={speech.value} and grpo.credit={self.grpo.credit.type} do not go together: a branch's "
+                "first turn heard what was said before it"
+            )
 
     def _messages_fit(self) -> None:
         """What codecs cannot go with, and what can have a price."""

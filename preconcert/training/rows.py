@@ -255,7 +255,9 @@ def _sources(episode: Episode, turn: Turn, heard: Sequence[Placed], team: Genera
         if index is not None:
             sender = theirs[index]
             sent = sender.message.latent if sender.message is not None else None
-            if sent is not None and sent.drawn and sent.drawn == placed.latent.drawn and sender.adapter is not None:
+            arrived = placed.latent.drawn  # fewer than were sent where the channel cuts messages short
+            own = sent is not None and bool(arrived) and sent.drawn[: len(arrived)] == arrived
+            if own and sender.adapter is not None:
                 rest = tuple(other for other in episode.trajectories if other != message.sender)
                 before = _heard(episode, message.sender, index, rest, team)
                 source = Source(sender.prompt_ids + sender.completion_ids, sender.adapter, before)
@@ -364,9 +366,10 @@ def worth_training(
     """
     kept: list[Row] = []
     for row, plain in zip(rows, rows if free is None else free, strict=True):
-        if plain.advantages.any() or ((row.targets >= 0).any() and _share_of(seed, row.name) < fraction):
+        learns = plain.advantages.any() or bool(plain.said_advantage)
+        if learns or ((row.targets >= 0).any() and _share_of(seed, row.name) < fraction):
             kept.append(row)
-        elif keep or row.advantages.any():
+        elif keep or row.advantages.any() or row.said_advantage:
             kept.append(_without_targets(row))
     return kept or [_without_targets(row) for row in rows[:1]], sum(int(row.policy.sum()) for row in rows)
 

@@ -187,7 +187,7 @@ class GameSource:
                 free=free,
             )
         elif recipe.grpo.entropy:  # forced turns have none
-            rows = [row for row in rows if row.policy.any() or (row.targets >= 0).any()] or rows[:1]
+            rows = [row for row in rows if row.policy.any() or (row.targets >= 0).any() or row.said] or rows[:1]
         found = measure(play.whole, self.team.language, recipe.agent.spans)
         metrics: dict[str, float] = {
             name: float(value)

@@ -11,7 +11,8 @@ receiver's codec learns from the receiver's own loss, through the embeddings.
 
 Where the channel is differentiable, that loss can go on into the sender: its pass is made a second time, and what
 arrived becomes (what arrived) + sent(drawn + mean - stop(mean)) - stop(the same): the number is the one on record, its
-gradient that of the reparametrised draw, straight through the quantisation.
+gradient with respect to the mean that of the reparametrised draw, straight through the quantisation. The width of the
+Gaussian gets none, and stays as it is where nothing else trains it.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ def speech_columns(
         if row.said is not None:
             if len(row.said.drawn) != tokens or len(row.said.logprobs) != tokens:
                 raise TrainingError(f"row {row.name}: what was drawn for its message is not on record")
-            said_at[index] = len(row.completion_ids)
-            said_drawn[index], said_logps[index] = row.said.drawn, row.said.logprobs
             if index < len(rows):
+                said_at[index] = len(row.completion_ids)
                 said_advantages[index] = row.said_advantage
+            said_drawn[index], said_logps[index] = row.said.drawn, row.said.logprobs
     arrays = {
         "heard_at": heard_at,
         "heard_length": heard_length,
@@ -114,7 +115,7 @@ def _source_columns(
             length[index, place] = len(source.ids)
             adapter[index, place] = adapters.index(source.adapter)
             count = len(placed.latent.values)
-            drawn[index, place, :count] = placed.latent.drawn[:count]
+            drawn[index, place, :count] = placed.latent.drawn
             for other, held in enumerate(source.heard):
                 many = len(held.latent.values)
                 if many:
@@ -237,6 +238,7 @@ def speech_loss(
     adapters: Sequence[str],
     clip: tuple[float, float],
     only: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped surrogate of what was said, summed over vectors.
 
@@ -247,6 +249,7 @@ def speech_loss(
         adapters: names in the order of the batch's `adapter` column.
         clip: the ratio is kept to 1 - clip[0] and 1 + clip[1].
         only: rows whose loss counts; None for all.
+        temperature: that messages were drawn with.
 
     Returns:
         The sum, and figures: vectors, mean ratio, share of clipped ratios, mean deviation of the Gaussians.
@@ -262,7 +265,7 @@ def speech_loss(
         if name not in codecs or not len(rows):
             continue
         codec = codecs[name]
-        logps = codec.logprob(batch["said_drawn"][rows], codec.mean(hidden[rows]))
+        logps = codec.logprob(batch["said_drawn"][rows], codec.mean(hidden[rows]), temperature)
         ratio = (logps - batch["said_logps"][rows]).exp()
         advantages = batch["said_advantages"][rows]
         kept = ratio.clamp(1.0 - clip[0], 1.0 + clip[1])

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings, GenerativeTeam
-from preconcert.core import Episode, SpanKind
+from preconcert.core import ConfigError, Episode, SpanKind
+from preconcert.envs import make_env
 from preconcert.models import AdapterRoute, Fill, Fills, LatentSettings, TransformersModel
 from preconcert.training.batch import collate
+from preconcert.training.latent_stage import LATENT_START, train_latent_stage
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Silent
 from preconcert.training.rollout import rollout
 from preconcert.training.rows import GrammarTable, Row, SpeechGradient
 from tests.training.teams import (
@@ -259,3 +265,53 @@ def test_training_free_messages_go_through_reinforcement_learning_as_they_are(
         gradients_of(trainer_on(starter, FixedSource(each), table, tmp_path), starter) for each in (rows, plain)
     )
     assert largest_difference(hearing, deaf) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grpo": {"beta": 0.1}}, "reference"),
+        ({"grpo": {"loss": "bnpo"}}, "dapo"),
+        ({"grpo": {"imagination": {"model": "oracle"}}}, "imagin"),
+        ({"update": {"order": "sequential"}}, "simultaneous"),
+        ({"grpo": {"speech": "path", "credit": "agent-turn"}}, "branch"),
+        ({"grpo": {"speech": "path"}, "channel": {"mode": "shuffled"}}, "messages arrive"),
+        ({"grpo": {"speech": "path"}, "agent": {"codec": "slots"}}, "latent"),
+        ({"agent": {"codec": {"type": "latent"}, "context": "transcript"}}, "context=turn"),
+        ({"agent": {"codec": {"type": "latent"}, "spans": {"say": False}}}, "nobody would talk"),
+        ({"world_model": {}}, "world"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Recipe.model_validate({"task": "rendezvous", "agent": {"codec": {"type": "latent"}}, **changes})
+
+
+def test_a_team_refuses_codecs_of_another_shape(talking: TransformersModel) -> None:
+    with pytest.raises(ConfigError, match=r"tokens=4, but the codec of adapter 'agent_0' has 2"):
+        team_on(talking, AgentSettings(codec={"type": "latent", **SHAPE, "tokens": 4}))
+
+
+def test_the_density_is_that_of_the_temperature_that_was_drawn_with(talking: TransformersModel, tmp_path: Path) -> None:
+    team = team_on(talking, SETTINGS, temperature=1.7)
+    rows, table = rows_of(team, play(team), uneven)
+    trainer = trainer_on(talking, FixedSource(rows), table, tmp_path, temperature=1.7)
+    gradients_of(trainer, talking)
+    assert trainer._metrics["train"]["speech/ratio"][0] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("moment", ["marked", "old aside"])
+def test_a_stage_that_is_cut_off_while_folders_change_places_ends_with_the_new_ones(
+    tmp_path: Path, moment: str
+) -> None:
+    recipe = Recipe.model_validate({"task": "rendezvous", "agent": {"codec": {"type": "latent"}}})
+    for name, text in (("warm", "old"), ("warm.new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    (tmp_path / LATENT_START).write_text("{}")
+    if moment == "old aside":
+        (tmp_path / "warm").rename(tmp_path / "warm.old")
+    train_latent_stage(recipe, tmp_path, make_env("rendezvous", {}, 0), {}, Silent())
+    assert (tmp_path / "warm" / "file").read_text() == "new"
+    assert not (tmp_path / "warm.old").exists()
+    assert not (tmp_path / "warm.new").exists()
