@@ -241,12 +241,13 @@ class MessageLedger:
             everything = sum((part[0] for part in parts), Messages())
             heard = [each for part in parts for each in part[1]]
         metrics = {"message/price": self.control.price, **everything.metrics()}
+        saturated = float(self.control.saturated)
         if everything.messages:
             per = 1.0 if self.settings.per is Per.MESSAGE else everything.messages / everything.episodes
             self.control.observe(iteration, everything.bits / everything.messages * per, per)
         goal = self.control.goal(iteration)
         self.meter.learn(heard)
-        return metrics if goal is None else {**metrics, "message/goal": goal}
+        return metrics if goal is None else {**metrics, "message/goal": goal, "message/saturated": saturated}
 
     def _lengths(self, found: Mapping[TurnKey, Written]) -> Lengths:
         return dict(zip(found, self.meter.lengths(list(found.values())), strict=True))

@@ -9,14 +9,16 @@ sum of violations swings about its goal; the term in the violation itself that d
 methods (Stooke et al., arXiv 2007.03964):
 
     e_i = (bits_i − B_i) / B_i
-    I_{i+1} = max(0, I_i + g_i · ASCENT · e_i)
-    λ_{i+1} = max(0, I_{i+1} + g_i · DAMPING · e_i) / B
+    I_{i+1} = min(CEILING, max(0, I_i + g_i · ASCENT · e_i))
+    λ_{i+1} = min(CEILING, max(0, I_{i+1} + g_i · DAMPING · e_i)) / B
 
 Nothing needs tuning: e is a share of the cap, and λ · B, what a message of the cap's length costs, is in units of
 advantages, which estimators bring to a standard deviation of 1. How fast policies answer to a price is not known
 beforehand, so the gain g finds it out (as Rprop does for weights): it is halved when the violation changes its side,
 and grows while it stays on one and does not shrink. While there is no price and nothing to bring down, nothing is found
 out, and g is 1 again.
+
+The ceiling is for caps that no bearable price meets: the sum stops there, and comes down as soon as bits do.
 
 B_i comes down evenly from what is said in the first iteration to the cap, over a share of the run; then it stays, while
 the decaying learning rate of the run lets less and less happen. The control never stops: it is what holds the bits in
@@ -44,6 +46,9 @@ GAINS = (1e-3, 16.0)
 """The gain's limits; it starts from 1."""
 SLOWER, FASTER = 0.5, 1.3
 """Factors of the gain."""
+CEILING = 20.0
+"""A message of the cap's length costs no more advantages than this: a higher price would drown everything else that
+is learned. A cap that is not met at this price is not met."""
 PROGRESS = 0.9
 """A violation shrinks if it is less than this part of the one before."""
 
@@ -76,7 +81,7 @@ class MessagePriceSettings(BaseModel):
     """`raw` or `prior`."""
     price: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Of one bit, in units of advantages (rewards, where the credit estimator does not scale them). With a cap it is
-    the price of the first iteration."""
+    the price of the first iteration, whatever the ceiling."""
     cap_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
     """The price rises until no more bits than these are said; null leaves it as it is."""
     per: Per = Per.MESSAGE
@@ -107,6 +112,8 @@ class PriceControl:
         self.iterations = iterations
         self.price = settings.price
         """Of one bit, in the present iteration."""
+        self.saturated = False
+        """Would the present price be higher, were it not for `CEILING`?"""
         self._start: float | None = None
         self._sum, self._gain, self._before = 0.0, 1.0, 0.0
 
@@ -136,13 +143,16 @@ class PriceControl:
         goal = self.goal(iteration)
         assert goal is not None
         violation = max(-LARGEST, min(LARGEST, (bits - goal) / goal))
+        self.saturated = False
         if not self.price and not self._sum and violation <= 0:
             # Without a price nothing answers to it: such iterations say nothing of how fast policies do.
             self._gain, self._before = 1.0, 0.0
             return
         self._adapt(violation)
-        self._sum = max(0.0, self._sum + self._gain * ASCENT * violation)
-        self.price = max(0.0, self._sum + self._gain * DAMPING * violation) * messages / cap
+        self._sum = min(CEILING, max(0.0, self._sum + self._gain * ASCENT * violation))
+        cost = max(0.0, self._sum + self._gain * DAMPING * violation)
+        self.saturated = cost > CEILING
+        self.price = min(CEILING, cost) * messages / cap
 
     def _adapt(self, violation: float) -> None:
         """Find out how fast policies answer."""
@@ -157,6 +167,7 @@ class PriceControl:
         """What the next iteration needs, as JSON takes it."""
         return {
             "price": self.price,
+            "saturated": self.saturated,
             "start": self._start,
             "sum": self._sum,
             "gain": self._gain,
@@ -166,5 +177,6 @@ class PriceControl:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.price, self._sum = float(state["price"]), float(state["sum"])
+        self.saturated = bool(state.get("saturated", False))  # states from before there was a ceiling
         self._gain, self._before = float(state["gain"]), float(state["before"])
         self._start = None if state["start"] is None else float(state["start"])

@@ -280,7 +280,7 @@ def instant(sensitivity: float) -> Callable[[float], float]:
     return lambda price: 2.0 + 3.0 * math.exp(-sensitivity * price)
 
 
-@pytest.mark.parametrize("sensitivity", [0.03, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("sensitivity", [0.3, 1.0, 3.0, 30.0])
 @pytest.mark.parametrize("cap", [2.5, 3.5, 4.5])
 @pytest.mark.parametrize("iterations", [40, 120])
 def test_a_cap_is_met_whatever_the_answer_to_a_price(sensitivity: float, cap: float, iterations: int) -> None:
@@ -359,6 +359,34 @@ def test_a_price_that_has_gone_back_to_nothing_starts_from_a_gain_of_one() -> No
         control.observe(iteration, 1.0, 1.0)
     held = control.state_dict()
     assert (held["price"], held["sum"], held["gain"], held["before"]) == (0.0, 0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("cap", [2.5, 3.5, 4.5])
+def test_who_hardly_answers_to_a_price_is_charged_the_ceiling(cap: float) -> None:
+    """Meeting these caps would take messages of 149, 81 and 27 advantages."""
+    control, answer = PriceControl(MessagePriceSettings(cap_bits=cap), 120), instant(0.03)
+    for iteration in range(120):
+        control.observe(iteration, answer(control.price), 1.0)
+    assert control.price * cap == pytest.approx(20.0, abs=1e-9)
+    assert control.saturated
+
+
+@pytest.mark.parametrize("messages", [1.0, 8.0])
+def test_a_cap_that_cannot_be_met_does_not_cost_without_limit(messages: float) -> None:
+    per = "message" if messages == 1.0 else "episode"
+    settings = MessagePriceSettings(cap_bits=3.0 * messages, per=per, ramp=0.0)  # type: ignore[arg-type]
+    control, saturated = PriceControl(settings, 100), []
+    for iteration in range(40):
+        control.observe(iteration, 6.0 * messages, messages)
+        assert control.price * 3.0 <= 20.0 + 1e-9, "a message of three bits"
+        assert control.saturated == (control.price * 3.0 >= 20.0 - 1e-9)
+        saturated.append(control.saturated)
+    assert saturated.index(True) > 2
+    assert all(saturated[saturated.index(True) :])
+    assert control.state_dict()["sum"] == 20.0, "the sum does not go on behind the ceiling"
+    control.observe(40, 2.7 * messages, messages)
+    assert not control.saturated
+    assert control.price * 3.0 < 20.0, "so it comes down at once"
 
 
 def test_a_price_without_a_cap_stays() -> None:
