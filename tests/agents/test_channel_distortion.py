@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from preconcert.agents.channel import Channel, ChannelMode, ChannelSettings, Scene
-from preconcert.agents.channel.distortion import requantised
+from preconcert.agents.channel.distortion import constant, noisy, random_numbers, requantised
+from preconcert.agents.channel.meter import cut, spelled
+from preconcert.agents.team import spelled as spelled_by_the_team
 from preconcert.core import ConfigError, Fate, Latent, Message, Slot
 
 SLOTS = (Slot("w1", ("a", "b", "c", "d")), Slot("w2", ("x", "y", "none"), null="none"))
@@ -22,8 +24,8 @@ def say(payload: str, step: int, sender: str = "s") -> Message:
 
 
 def send(values: Any, step: int, levels: int = 0) -> Message:
-    latent = Latent(tuple(tuple(map(float, vector)) for vector in values), levels)
-    return Message("s", ("r", "q"), " ".join(["<v>"] * len(values)), 0.0, len(values), step, (), latent)
+    latent = Latent(tuple(tuple(map(float, vector)) for vector in values), levels, words=f"words of {step}")
+    return Message("s", ("r", "q"), " ".join(spelled_by_the_team(latent)), 0.0, len(values), step, (), latent)
 
 
 def play(settings: ChannelSettings, episodes: dict[str, list[Message]], seed: int = 0) -> dict[str, list[Message]]:
@@ -83,7 +85,7 @@ def test_noise_has_the_size_that_was_set() -> None:
     numbers = np.array([m.latent.values[0] for m in found if m.latent is not None])
     assert np.abs(numbers.mean(0) - [0.5, -2.0]).max() < 4 * size / steps**0.5
     assert np.abs(numbers.std(0) - size).max() < 0.04
-    assert all(m.payload == "<v>" for m in found)
+    assert all(m.payload == f"{m.latent.values[0][0]:.2f},{m.latent.values[0][1]:.2f}" for m in found if m.latent)
 
 
 @pytest.mark.parametrize("levels", [2, 4, 5])
@@ -97,6 +99,30 @@ def test_quantised_numbers_stay_quantised(levels: int) -> None:
         kept = np.mean([m.latent == w.latent for m, w in zip(found, written, strict=True)])
         assert kept == 1.0 if size == 0.05 else kept < 0.95
     assert np.allclose(requantised(np.array([[-7.0, 7.0, 0.1]]), levels), [[-1, 1, grid[np.abs(grid - 0.1).argmin()]]])
+
+
+@pytest.mark.parametrize("levels", [0, 4, 5])
+def test_numbers_and_their_spelling_change_together(levels: int) -> None:
+    grid = np.linspace(-1.0, 1.0, levels or 7)
+    numbers = ([[grid[0], grid[-1]], [grid[1], grid[2]]], [[grid[2]] * 2, [grid[0]] * 2])
+    written = [send(each, step, levels) for step, each in enumerate(numbers)]
+    assert written[0].payload != written[1].payload
+    rng = np.random.default_rng(0)
+    alike = []
+    for message in written:
+        assert message.latent is not None
+        same, noise = constant(message, ()), noisy(message, 1.0, rng)
+        random = random_numbers(message, [written[0].latent], np.random.default_rng(1))  # type: ignore[list-item]
+        assert random is not None
+        kept = message.latent.words
+        for each, words in ((same, ""), (random, ""), (noise, kept), (cut(message, 1), kept)):
+            assert each.latent is not None
+            assert each.payload.split() == spelled(each.latent) == spelled_by_the_team(each.latent)
+            assert each.latent.words == words
+            assert each.payload != message.payload
+        assert noisy(message, 0.0, rng) is message, "no noise, no change"
+        alike.append((same.payload, same.latent, random.payload, random.latent))
+    assert alike[0] == alike[1], "nothing of the sender's is in what controls put there"
 
 
 @pytest.mark.parametrize("mode", [ChannelMode.CONSTANT, ChannelMode.RANDOM])

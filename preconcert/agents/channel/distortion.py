@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from preconcert.agents.channel.meter import spelled
 from preconcert.core import ConfigError, Latent, Message, Slot
 
 
@@ -32,7 +33,10 @@ def substituted(message: Message, probability: float, slots: Sequence[Slot], rng
 
 
 def noisy(message: Message, deviation: float, rng: np.random.Generator) -> Message:
-    """Gaussian noise on every number; quantised ones go to the nearest of their values."""
+    """Gaussian noise on every number; quantised ones go to the nearest of their values.
+
+    How a message was drawn, and from which words it was made, stays with it: that is its sender's affair, for the log.
+    """
     latent = message.latent
     if latent is None or not latent.values:
         return message
@@ -42,7 +46,8 @@ def noisy(message: Message, deviation: float, rng: np.random.Generator) -> Messa
         numbers = requantised(numbers, latent.levels)
         # A number that stays where it was arrives as it was written, to the last digit.
         numbers = np.where(numbers == requantised(sent, latent.levels), sent, numbers)
-    return replace(message, latent=replace(latent, values=_latent(numbers, latent.levels).values))
+    values = _latent(numbers, latent.levels).values
+    return message if values == latent.values else _with(message, replace(latent, values=values))
 
 
 def requantised(numbers: NDArray[np.float64], levels: int) -> NDArray[np.float64]:
@@ -68,7 +73,7 @@ def constant(message: Message, slots: Sequence[Slot]) -> Message:
         levels = message.latent.levels
         # The nearest, were it not for even numbers of levels, which have two.
         middle = zeros if not levels else requantised(zeros - 1e-9, levels)
-        return replace(message, latent=_latent(middle, levels))
+        return _with(message, _latent(middle, levels))
     return replace(
         message,
         payload=" ".join(slot.choices[0] if slot.null is None else slot.null for slot in _known(message, slots)),
@@ -103,16 +108,21 @@ def random_numbers(message: Message, company: Sequence[Latent], rng: np.random.G
     assert message.latent is not None
     shape, levels = np.shape(message.latent.values), message.latent.levels
     if levels:
-        return replace(message, latent=_latent(_on_grid(rng.integers(levels, size=shape), levels), levels))
+        return _with(message, _latent(_on_grid(rng.integers(levels, size=shape), levels), levels))
     if not company:
         return None
     size = float(np.sqrt(np.mean([np.mean(np.square(each.values)) for each in company])))
-    return replace(message, latent=_latent(rng.normal(0.0, size, shape), 0))
+    return _with(message, _latent(rng.normal(0.0, size, shape), 0))
 
 
 def _latent(numbers: NDArray[np.float64], levels: int) -> Latent:
-    """As it arrives: how it was drawn is the sender's affair."""
+    """Numbers that nobody drew or put words into."""
     return Latent(tuple(tuple(float(number) for number in vector) for vector in numbers), levels)
+
+
+def _with(message: Message, latent: Latent) -> Message:
+    """The message with other numbers, and these spelled for people."""
+    return replace(message, payload=" ".join(spelled(latent)), latent=latent)
 
 
 def _known(message: Message, slots: Sequence[Slot]) -> Sequence[Slot]:

@@ -53,8 +53,19 @@ def fitting(bits: Sequence[float], cap: float) -> int:
     return count
 
 
+def spelled(latent: Latent) -> list[str]:
+    """A latent message for people, a word per vector: which level each number is on, or the number itself. The same
+    words as its sender gives it."""
+    half = (latent.levels - 1) / 2
+    return [
+        ",".join(f"{round(number * half + half)}" if latent.levels else f"{number:.2f}" for number in vector)
+        for vector in latent.values
+    ]
+
+
 def cut(message: Message, count: int) -> Message:
-    """The first entries of a message. Its price under its sender's own model stays what the sender paid."""
+    """The first entries of a message. Its price under its sender's own model stays what the sender paid, and so do the
+    words that vectors were made from."""
     words = message.payload.split()
     if count >= max(len(words), len(message.word_bits)):
         return message
@@ -65,5 +76,7 @@ def cut(message: Message, count: int) -> Message:
         word_bits=message.word_bits[:count],
         latent=None
         if latent is None
-        else Latent(latent.values[:count], latent.levels, latent.drawn[:count], latent.logprobs[:count]),
+        else replace(
+            latent, values=latent.values[:count], drawn=latent.drawn[:count], logprobs=latent.logprobs[:count]
+        ),
     )
