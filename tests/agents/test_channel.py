@@ -70,6 +70,18 @@ def test_shuffled_messages_never_come_from_the_same_group(
         assert all(channel.inbox(episode, "b") == () for episode in names)
 
 
+@pytest.mark.parametrize("mates", [1, 300])
+def test_a_group_that_plays_on_alone_still_hears_others(mates: int) -> None:
+    channel = Channel(ChannelSettings(mode=ChannelMode.SHUFFLED), 0)
+    names = {f"e{i}": "long" for i in range(mates)}
+    channel.transmit({e: [say("a", 0, g)] for e, g in {**names, "s": "short"}.items()}, {**names, "s": "short"}, 0)
+    for step in range(1, 600 if mates == 1 else 4):
+        channel.transmit({e: [say("a", step, "long")] for e in names}, names, step)
+        for episode in names:
+            (message,) = channel.inbox(episode, "b")
+            assert (message.payload, message.sent_at) == ("short", step)
+
+
 @pytest.mark.parametrize("drop", [0.0, 0.25, 1.0])
 def test_messages_are_lost_at_the_rate_that_was_set(drop: float) -> None:
     channel = Channel(ChannelSettings(drop=drop), 1)

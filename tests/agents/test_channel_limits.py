@@ -109,6 +109,40 @@ def test_no_cap_is_ever_exceeded(
             assert arrived == [message]
 
 
+@pytest.mark.parametrize("limits", [{"cap_bits": 4.0}, {"cap_episode_bits": 9.0}, {"cap_bits": 4.0, "truncate": 1}])
+def test_in_shuffled_what_arrives_does_not_depend_on_ones_own_bits(limits: dict[str, float]) -> None:
+    """Nothing, one word, three, more than any cap, and what costs nothing: as much arrives, and as often."""
+    own = (("", ()), ("a", (2.0,)), ("a b c", (2.0,) * 3), ("a b", (50.0, 1.0)), ("a", (0.0,)))
+    inboxes, fates = [], []
+    for payload, bits in own:
+        channel = Channel(ChannelSettings(mode="shuffled", **limits), 0)  # type: ignore[arg-type]
+        got = []
+        for step in range(6):
+            mine = words(payload, *bits, step=step)
+            others = {f"o{i}": [words(f"d{i} e f", 2.0, 2.0, 2.0, step=step)] for i in range(3)}
+            groups = {"e": "g", **{name: name for name in others}}
+            # Last in order, so that it is served after the others.
+            channel.transmit({**others, "e": [mine]}, groups, step, dict.fromkeys(groups, SCENES["e"]))
+            got.append([(m.payload, m.word_bits, m.sent_at) for m in channel.inbox("e", "r")])
+            for message in channel.inbox("e", "r"):
+                assert message.raw_bits <= limits.get("cap_bits", 9.0)
+                assert len(message.payload.split()) <= limits.get("truncate", 3)
+        fates.append([each.fate for each in channel.deliveries("e")])
+        inboxes.append([[(sent_at, len(word.split())) for word, _, sent_at in each] for each in got])
+        assert all(each[0][2] == step for step, each in enumerate(got)), "something new arrives in every step"
+    assert all(each == inboxes[0] for each in inboxes)
+    assert all(each == [Fate.ARRIVED] * 6 for each in fates)
+
+
+def test_in_shuffled_what_was_not_sent_is_not_taken() -> None:
+    channel = Channel(ChannelSettings(mode="shuffled", cap_bits=4.0), 0)  # type: ignore[arg-type]
+    sent = {"e": [words("a", 9.0)], "f": [words("b", 2.0)]}
+    channel.transmit(sent, {"e": "g", "f": "h"}, 0, dict.fromkeys(sent, SCENES["e"]))
+    assert [m.payload for m in channel.inbox("e", "r")] == ["b"]
+    assert channel.inbox("f", "r") == ()
+    assert [channel.deliveries(name)[0].fate for name in sent] == [Fate.ARRIVED, Fate.ERASED]
+
+
 def test_truncation_counts_words() -> None:
     channel = Channel(ChannelSettings(truncate=2), 0)
     found = through(channel, words("a b c", 1.0, 2.0, 3.0))

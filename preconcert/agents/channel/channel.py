@@ -2,7 +2,8 @@
 
 A message passes, in this order: the topology (who is to hear it), `truncate`, `cap_bits` and `cap_episode_bits` (what
 of it goes into the channel), the mode (itself, or what a control puts in its place), and then for each recipient on its
-own `drop`, `substitute` or `noise`, and `delay`. Each message and recipient leaves a `Delivery`.
+own `drop`, `substitute` or `noise`, and `delay`. Each message and recipient leaves a `Delivery`. In controls nothing of
+a message decides whether something arrives: under `shuffled` caps say what can be taken from a message for others.
 
 The channel belongs to a rollout and sees all of its episodes, since the shuffled control exchanges messages between
 them. Apart from that and the size of random numbers, what happens to a message follows from the channel's seed, the
@@ -11,7 +12,7 @@ episode, sender, recipient and step alone, whatever else is running.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,8 +24,9 @@ from preconcert.agents.channel.settings import ChannelMode, ChannelSettings
 from preconcert.agents.channel.topology import Broadcast, Positions
 from preconcert.core import ConfigError, Delivery, Fate, Latent, Message, Slot, derive_seed, uniforms
 
-_REMEMBERED = 256
-"""Messages per sender that the controls can fall back on."""
+_REMEMBERED = 64
+"""Messages per sender and group that the controls can fall back on: of each group its own, so that one that plays on
+alone does not push out those of all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    group: str
+    number: int
+    """In the order of sending."""
     message: Message
 
 
@@ -54,7 +57,7 @@ class _Letter:
     recipients: tuple[str, ...]
     bits: float
     capped: bool = False
-    """It does not go at all."""
+    """It does not go at all, neither to its recipients nor, in `shuffled`, to those of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class Channel:
         self._under_way: dict[str, list[_UnderWay]] = {}
         self._log: dict[str, list[Delivery]] = defaultdict(list)
         self._spent: dict[tuple[str, str], float] = defaultdict(float)
-        self._past: dict[str, list[_Sent]] = defaultdict(list)
+        self._past: dict[str, dict[str, deque[_Sent]]] = defaultdict(dict)
+        self._sent = 0
 
     def inbox(self, episode: str, agent: str) -> tuple[Message, ...]:
         """What the agent last received from each other agent, oldest first."""
@@ -120,9 +124,7 @@ class Channel:
         if self.settings.mode is ChannelMode.OFF:
             return
         letters = self._letters(sent, step, scenes)
-        arriving = iter(self._by_mode([letter for letter in letters if not letter.capped], groups, step, scenes))
-        for letter in letters:
-            message = None if letter.capped else next(arriving)
+        for letter, message in zip(letters, self._by_mode(letters, groups, step, scenes), strict=True):
             for recipient in letter.recipients:
                 self._dispatch(letter, message, recipient, step, scenes)
 
@@ -141,7 +143,8 @@ class Channel:
         for letter in self._letters(sent, step, scenes):
             for recipient in letter.recipients:
                 lost = self._lost(letter.episode, letter.written.sender, recipient, step)
-                self._note(letter, recipient, Fate.CAPPED if letter.capped else Fate.ERASED if lost else Fate.LATE)
+                held = self._held_back(letter)
+                self._note(letter, recipient, Fate.CAPPED if held else Fate.ERASED if lost else Fate.LATE)
 
     def fork(self, episode: str, name: str) -> None:
         """Give another episode everything that is held for this one; from here on they go apart."""
@@ -212,6 +215,10 @@ class Channel:
             return _Letter(episode, written, message, recipients, 0.0, capped=True)
         return _Letter(episode, written, message, recipients, sum(bits))
 
+    def _held_back(self, letter: _Letter) -> bool:
+        """Does nothing arrive because of a cap? In `shuffled` that would tell the length of what was written."""
+        return letter.capped and self.settings.mode is not ChannelMode.SHUFFLED
+
     # ---- the modes
 
     def _by_mode(
@@ -268,18 +275,30 @@ class Channel:
         return found
 
     def _company(self, letters: Sequence[_Letter], groups: Mapping[str, str]) -> list[list[Message]]:
-        """For each message, those of the same sender in other groups: of this step, or else of earlier ones."""
-        now: dict[str, list[_Sent]] = defaultdict(list)
+        """For each message, those of the same sender in other groups that a cap lets go: of this step, or else of
+        earlier ones."""
+        now: dict[str, list[tuple[str, Message]]] = defaultdict(list)
         for letter in letters:
-            now[letter.message.sender].append(_Sent(groups[letter.episode], letter.message))
-        pools: list[list[Message]] = []
+            if not letter.capped:
+                now[letter.message.sender].append((groups[letter.episode], letter.message))
+        pools: dict[tuple[str, str], list[Message]] = {}
+        found: list[list[Message]] = []
         for letter in letters:
             sender, group = letter.message.sender, groups[letter.episode]
-            pool = [sent.message for sent in now[sender] if sent.group != group]
-            pools.append(pool or [sent.message for sent in self._past[sender] if sent.group != group])
+            if (sender, group) not in pools:
+                pool = [message for other, message in now[sender] if other != group]
+                pools[sender, group] = pool or self._remembered(sender, group)
+            found.append(pools[sender, group])
         for sender, sent_now in now.items():
-            self._past[sender] = (self._past[sender] + sent_now)[-_REMEMBERED:]
-        return pools
+            for group, message in sent_now:
+                self._past[sender].setdefault(group, deque(maxlen=_REMEMBERED)).append(_Sent(self._sent, message))
+                self._sent += 1
+        return found
+
+    def _remembered(self, sender: str, group: str) -> list[Message]:
+        """What is remembered of a sender from other groups, oldest first."""
+        past = [sent for other, held in self._past[sender].items() if other != group for sent in held]
+        return [sent.message for sent in sorted(past, key=lambda sent: sent.number)]
 
     # ---- the recipient's side
 
@@ -291,7 +310,7 @@ class Channel:
         step: int,
         scenes: Mapping[str, Scene] | None,
     ) -> None:
-        if letter.capped:
+        if self._held_back(letter):
             self._note(letter, recipient, Fate.CAPPED)
             return
         if message is None or self._lost(letter.episode, letter.written.sender, recipient, step):
