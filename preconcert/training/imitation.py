@@ -57,7 +57,10 @@ class ShortSpoken(ScriptedPolicy):
         if turn.message is None:
             return turn
         words = self.codec.shortened(turn.message.payload, derive_seed(request.seed, "shortened"))
-        return replace(turn, message=replace(turn.message, payload=words, tokens=len(words.split())))
+        said = replace(turn, message=replace(turn.message, payload=words, tokens=len(words.split())))
+        # What a message costs is the codec's affair, an end that was chosen included. Codecs without slots say
+        # something else altogether, which is not known before the episode is over.
+        return replace(said, message=self.codec.encode(said)) if self.codec.speech.slots else said
 
 
 def respoken(episode: Episode, codec: TurnCodec, spans: SpanSettings) -> Episode:

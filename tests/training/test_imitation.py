@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -62,6 +63,23 @@ def test_examples_show_messages_in_the_codecs_form(task: str, name: str) -> None
         if name == "raw-state":
             assert turn.message.payload == turn.observation.text
         assert ("<say>" in text) == bool(codec.speech.slots)
+
+
+@pytest.mark.parametrize("name", ["slots", "learned", "free"])
+@pytest.mark.parametrize("task", TALKING)
+def test_what_is_played_costs_what_the_codec_says(task: str, name: str) -> None:
+    episodes, codec, _ = imitated(task, NAMES[name])
+    lengths = set()
+    for turn in turns_of(episodes):
+        assert turn.message == codec.encode(turn)
+        count = len(turn.message.payload.split())
+        slots = codec.speech.slots
+        end = 0 if name == "slots" else 1
+        expected = [math.log2(len(slot.choices) + end) for slot in slots][: count + end]
+        assert turn.message.word_bits == tuple(expected)
+        lengths.add(count)
+        assert all(message.word_bits for message in turn.inbox)
+    assert name == "slots" or len(codec.speech.slots) == 1 or len(lengths) > 1, "some are shortened"
 
 
 def test_slots_are_played_as_they_always_were() -> None:
