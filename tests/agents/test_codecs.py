@@ -310,6 +310,22 @@ def test_intentions_say_what_the_settings_ask_for() -> None:
         named.check(AGENTS)
 
 
+def test_an_action_without_an_alternative_costs_nothing() -> None:
+    """In a round of talk everybody listens."""
+    env = make_env("rendezvous", {"talk_rounds": 2}, 0)
+    codec = codec_of(settings_of("intention").codec, env.language, SpanSettings())
+    view = env.reset()["agent_0"]
+    assert view.legal_actions == ("listen",)
+    content = TurnContent("listen", {"agent_1": ("stay",)}, ("1", "2"), "0", "no")
+    talk = codec.encode(replace(_turn(content, SpanSettings()), observation=view))
+    world = codec.encode(_turn(replace(content, action="stay"), SpanSettings()))
+    assert talk is not None
+    assert world is not None
+    assert talk.payload == "listen 1 2 stay", "it is said all the same: every message has the same form"
+    assert talk.word_bits == (0.0, np.log2(5), np.log2(5), np.log2(6))
+    assert world.word_bits == (np.log2(6), np.log2(5), np.log2(5), np.log2(6)), "five moves, or to listen"
+
+
 def _turn(content: TurnContent, spans: SpanSettings) -> Turn:
     view = make_env("rendezvous", {}, 0).reset()["agent_0"]
     forecast = Forecast(dict(zip(("row", "col"), content.forecast, strict=True)), content.reward, False)

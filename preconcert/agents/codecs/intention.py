@@ -2,7 +2,8 @@
 
 The words, always in this order and as many: its action, the fields of its forecast, the foretold reward and end, and
 what it expects others to do, in the order of the agents. Parts that its turns do not have are left out. A word costs
-log2 of how many could stand in its place; all of them are closed sets of the task.
+log2 of how many could stand in its place; all of them are closed sets of the task. An action without an alternative,
+such as `listen` in a round of talk, costs nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class IntentionCodec(TurnCodec):
         """The turn's plan in words; bits are those of these very words under the sender's own model."""
         if turn.malformed:
             return None
-        words, lengths = [turn.action], [self._action]
+        forced = len(turn.observation.legal_actions) == 1
+        words, lengths = [turn.action], [0.0 if forced else self._action]
         said = {(SpanKind.ACT, "action")}
         if turn.forecast is not None:
             for slot in self._fields:
