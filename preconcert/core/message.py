@@ -68,7 +68,7 @@ class Fate(StrEnum):
 
     ARRIVED = "arrived"
     ERASED = "erased"
-    """Lost by chance."""
+    """Lost by chance, or, in a control, there was nobody to swap it with."""
     CAPPED = "capped"
     """Not sent: its sender had no bits left."""
     LATE = "late"
