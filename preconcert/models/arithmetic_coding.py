@@ -6,7 +6,7 @@ given the same integers, two machines agree on every bit. Where the integers com
 The method is that of Witten, Neal and Cleary (1987), several bits at a time: the message is an interval within the unit
 interval, narrowed by every symbol in proportion to its frequency; what both ends agree on is written out. The end is
 the shortest bit string all of whose continuations lie within the interval, so that codes can follow one another without
-marks between them, and it costs less than two bits. With totals of at most 2^40 a symbol costs at most 2^-20 bits more
+marks between them, and it costs at most two bits. With totals of at most 2^40 a symbol costs at most 2^-20 bits more
 than the logarithm of its share.
 """
 

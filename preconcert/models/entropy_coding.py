@@ -5,7 +5,7 @@ expectation after a public context) and `MessageCoder` (messages to `Code`s and 
 `training/message_prior.py`; the integer coder itself is in `arithmetic_coding.py`.
 
 A message is a flag and then its symbols, each under the prior's distribution after those before it, the end included.
-Probabilities become integers that sum to 2^40, none of them 0, so a message costs less than two bits and one part in a
+Probabilities become integers that sum to 2^40, none of them 0, so a message costs at most two bits and one part in a
 million more than its negative log2 probability. What has no spelling (words that the tokenizer does not know, text that
 comes back changed, text that is too long or ends the sequence in its midst) is announced by the other side of the flag,
 which costs `ESCAPE_BITS`, and follows as UTF-8 under an adaptive count of bytes: every string can be sent.
