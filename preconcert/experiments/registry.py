@@ -11,10 +11,11 @@ from preconcert.experiments.credit import CREDIT
 from preconcert.experiments.experiment import Experiment
 from preconcert.experiments.foresight import FORESIGHT
 from preconcert.experiments.planning import PLANNING
+from preconcert.experiments.two_bases import TWO_BASES
 from preconcert.experiments.world_model import WORLD_MODEL
 
 EXPERIMENTS: Mapping[str, Experiment] = {
-    each.name: each for each in (CREDIT, FORESIGHT, WORLD_MODEL, PLANNING, COMMUNICATION, CHANNEL)
+    each.name: each for each in (CREDIT, FORESIGHT, WORLD_MODEL, PLANNING, COMMUNICATION, CHANNEL, TWO_BASES)
 }
 
 

@@ -17,6 +17,7 @@ from preconcert.experiments.communication import COMMUNICATION, CONTROLS
 from preconcert.experiments.communication_report import pareto
 from preconcert.experiments.communication_work import _worded, area, examples, lengths, talk_and_judge
 from preconcert.experiments.experiment import CellResult, Scale, cells_of
+from preconcert.experiments.two_bases import TWO_BASES, mix_and_judge
 from preconcert.training.reporter import Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 
@@ -120,3 +121,15 @@ def test_a_cell_is_trained_and_played_through_every_channel(arm: str, tmp_path: 
         messages = found.measures["messages_per_episode"]
         assert messages is not None
         assert found.measures["bits_raw"] == pytest.approx(messages * 2 * math.log2(4))
+
+
+def test_two_bases_are_trained_judged_and_reported(tmp_path: Path) -> None:
+    cells = [each for each in cells_of(TWO_BASES, Scale.SMOKE) if each.seed == 0]
+    found = []
+    for cell in cells:
+        held = mix_and_judge(cell.recipe, tmp_path / cell.name, cell.options, tmp_path / "warm", Silent())
+        assert {f"success_{name}" for name in ("on", "greedy", "shuffled", "constant", "off")} <= set(held.measures)
+        found.append(CellResult(cell, held.measures, held.curves, None, {}))
+    told = TWO_BASES.report(TWO_BASES.plans[Scale.SMOKE], found)
+    assert len(told.findings) == 2
+    assert [len(table.rows) for table in told.tables] == [2]
