@@ -230,10 +230,12 @@ class Recipe(BaseModel):
         params = given.get("params", {}) if isinstance(given, Mapping) else None
         if not isinstance(params, Mapping):
             return given
-        channel = given.get("channel", {})
+        channel = given.get("channel") or {}
         rounds = channel.get("rounds") if isinstance(channel, Mapping) else getattr(channel, "rounds", None)
         if isinstance(channel, ChannelSettings) and "rounds" not in channel.model_fields_set:
             rounds = None
+        if isinstance(rounds, float) and rounds.is_integer():  # as pydantic reads it
+            rounds = int(rounds)
         if isinstance(rounds, int) and not isinstance(rounds, bool):
             return {**given, "params": with_rounds(params, rounds)}
         if rounds is None and TALK_ROUNDS in params:

@@ -183,6 +183,7 @@ def test_a_recipe_keeps_rounds_in_one_place() -> None:
     recipe = Recipe.model_validate({"task": "rendezvous", "channel": {"rounds": 2}})
     assert recipe.params == {"talk_rounds": 2}
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert Recipe.model_validate({"task": "rendezvous", "channel": {"rounds": 2.0}}) == recipe
     assert Recipe(task="rendezvous", params=recipe.params).channel.rounds == 2
     assert override_play(recipe, ["channel.rounds=1"]).params == {}
     assert override_play(recipe, ["channel.rounds=3"]).params == {"talk_rounds": 3}
