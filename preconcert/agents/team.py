@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from preconcert.agents.channel.meter import spelled
 from preconcert.agents.codecs import CodecSettings, LatentCodecSettings, SlotsSettings, TurnCodec, codec_of
 from preconcert.core import (
     ConfigError,
     Forecast,
     GrammarError,
     Intention,
-    Latent,
     Message,
     Observation,
     Slot,
@@ -400,15 +400,6 @@ class GenerativeTeam:
             tokens=sum(span.end - span.start for span in said[: len(words)]),
             sent_at=request.observation.step,
         )
-
-
-def spelled(latent: Latent) -> list[str]:
-    """A latent message for people, a word per vector: which level each number is on, or the number itself."""
-    half = (latent.levels - 1) / 2
-    return [
-        ",".join(f"{round(number * half + half)}" if latent.levels else f"{number:.2f}" for number in vector)
-        for vector in latent.values
-    ]
 
 
 def _logprob(completion: Completion, spans: Sequence[Span]) -> float:

@@ -12,7 +12,6 @@ import pytest
 from preconcert.agents.channel import Channel, ChannelMode, ChannelSettings, Scene
 from preconcert.agents.channel.distortion import constant, noisy, random_numbers, requantised
 from preconcert.agents.channel.meter import cut, spelled
-from preconcert.agents.team import spelled as spelled_by_the_team
 from preconcert.core import ConfigError, Fate, Latent, Message, Slot
 
 SLOTS = (Slot("w1", ("a", "b", "c", "d")), Slot("w2", ("x", "y", "none"), null="none"))
@@ -25,7 +24,7 @@ def say(payload: str, step: int, sender: str = "s") -> Message:
 
 def send(values: Any, step: int, levels: int = 0) -> Message:
     latent = Latent(tuple(tuple(map(float, vector)) for vector in values), levels, words=f"words of {step}")
-    return Message("s", ("r", "q"), " ".join(spelled_by_the_team(latent)), 0.0, len(values), step, (), latent)
+    return Message("s", ("r", "q"), " ".join(spelled(latent)), 0.0, len(values), step, (), latent)
 
 
 def play(settings: ChannelSettings, episodes: dict[str, list[Message]], seed: int = 0) -> dict[str, list[Message]]:
@@ -117,7 +116,7 @@ def test_numbers_and_their_spelling_change_together(levels: int) -> None:
         kept = message.latent.words
         for each, words in ((same, ""), (random, ""), (noise, kept), (cut(message, 1), kept)):
             assert each.latent is not None
-            assert each.payload.split() == spelled(each.latent) == spelled_by_the_team(each.latent)
+            assert each.payload.split() == spelled(each.latent)
             assert each.latent.words == words
             assert each.payload != message.payload
         assert noisy(message, 0.0, rng) is message, "no noise, no change"

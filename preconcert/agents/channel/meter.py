@@ -54,8 +54,7 @@ def fitting(bits: Sequence[float], cap: float) -> int:
 
 
 def spelled(latent: Latent) -> list[str]:
-    """A latent message for people, a word per vector: which level each number is on, or the number itself. The same
-    words as its sender gives it."""
+    """A latent message for people, a word per vector: which level each number is on, or the number itself."""
     half = (latent.levels - 1) / 2
     return [
         ",".join(f"{round(number * half + half)}" if latent.levels else f"{number:.2f}" for number in vector)
