@@ -27,6 +27,7 @@ from preconcert.models.loading import check_model_name, load_checkpoint
 from preconcert.models.routing import AdapterRoute, route_rows
 from preconcert.models.starter import StarterSettings, build_starter
 from preconcert.models.transformers_model import TransformersModel
+from preconcert.models.vllm_settings import VLLMSettings
 
 __all__ = [
     "UNCONSTRAINED",
@@ -50,6 +51,7 @@ __all__ = [
     "SpeakRequest",
     "StarterSettings",
     "TransformersModel",
+    "VLLMSettings",
     "Watched",
     "add_constrained_head",
     "build_starter",
