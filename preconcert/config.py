@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it brings torch along, which takes seconds; a misspelt file
 RECIPE_FILE = "recipe.json"
 """What a run folder keeps its recipe in."""
 
-PLAY_KEYS = ("params", "agent", "channel")
+PLAY_KEYS = ("params", "agent", "channel", "rollout")
 """Parts of a recipe that say how a finished run plays; the rest made it and cannot be changed afterwards."""
 
 ALIASES = {"messages": "channel.mode", "drop": "channel.drop"}

@@ -32,7 +32,7 @@ from preconcert.training.measures import Measures, measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import SCRIPT, EpisodeSpec, ScriptedPolicy, rollout
-from preconcert.training.run import assign, load_model, load_recipe_of
+from preconcert.training.run import assign, load_players, load_recipe_of
 
 FOLDER = "eval"
 """Where a run keeps its evaluations."""
@@ -192,7 +192,7 @@ class Players:
         self.recipe = recipe
         self.env: Env = make_env(recipe.task, recipe.params, 0, "heldout")
         self.assignment = assign(recipe, self.env)
-        self.model = load_model(recipe, run, run / adapters)
+        self.model = load_players(recipe, run, run / adapters)
         self._warm = run / "warm"
         self._league = run / LEAGUE
         self.sides = sides_of(recipe, self.env)

@@ -19,6 +19,7 @@ from preconcert.training.latent_start import LatentStartSettings
 from preconcert.training.league import LeagueSettings
 from preconcert.training.message_price import MessagePriceSettings, MeterName
 from preconcert.training.rows import SpeechGradient
+from preconcert.training.sampler import Engine, RolloutSettings
 from preconcert.training.update import Order, RatioLevel, UpdateSettings
 from preconcert.training.warm_start import WarmStartSettings
 from preconcert.training.world_settings import WorldModelSettings
@@ -193,6 +194,9 @@ class Recipe(BaseModel):
     """The critic of `ppo`."""
     update: UpdateSettings = UpdateSettings()
     """Order of agents, level of the ratio, corrections and limits."""
+    rollout: RolloutSettings = RolloutSettings()
+    """What samples, in training and when the run is played; with `engine: vllm`, `update.correction` is 2 unless it
+    says otherwise."""
     world_model: WorldModelSettings | None = None
     """A token world model beside the team: rows for it in the warm start, and an adapter of its own; null: none."""
     league: LeagueSettings | None = None
@@ -214,6 +218,18 @@ class Recipe(BaseModel):
             grpo = given.get("grpo", {})
             if isinstance(grpo, Mapping) and "credit" not in grpo:
                 return {**given, "grpo": {**grpo, "credit": {"type": "gae"}}}
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correction_of_other_engines(cls, given: Any) -> Any:
+        """What another engine sampled is weighed by what the trainer thinks of it."""
+        rollout = given.get("rollout") if isinstance(given, Mapping) else None
+        engine = rollout.get("engine") if isinstance(rollout, Mapping) else getattr(rollout, "engine", None)
+        if engine == Engine.VLLM:
+            update = given.get("update", {})
+            if isinstance(update, Mapping) and "correction" not in update:
+                return {**given, "update": {**update, "correction": 2.0}}
         return given
 
     @model_validator(mode="before")
@@ -270,6 +286,7 @@ class Recipe(BaseModel):
             raise ValueError(f"grpo.credit={credit.type} needs a critic's values: set algorithm=ppo")
         if not credit.needs_values and self.algorithm is Algorithm.PPO:
             raise ValueError(f"grpo.credit={credit.type} does not look at a critic: set algorithm=grpo, or credit=gae")
+        self._engine_fits()
         self._predictions_fit()
         self._imagination_fits()
         self._latents_fit()
@@ -287,6 +304,25 @@ class Recipe(BaseModel):
                 f"{self.grpo.accumulate}"
             )
         return self
+
+    def _engine_fits(self) -> None:
+        """What needs the trained model itself for rollouts."""
+        if self.rollout.engine is not Engine.VLLM:
+            if self.rollout.staleness:
+                raise ValueError(f"rollout.staleness={self.rollout.staleness} needs rollout.engine=vllm")
+            return
+        if self.league is not None:
+            raise ValueError("rollout.engine=vllm and a league do not go together: opponents come and go")
+        if self.agent.codec.type == "latent" and self.grpo.iterations:
+            raise ValueError(
+                "rollout.engine=vllm and agent.codec=latent do not go together in training: vectors are written from "
+                "hidden states, which vLLM keeps to itself; set rollout.engine=transformers"
+            )
+        if self.rollout.staleness and (self.grpo.imagination is not None or self.world_model is not None):
+            raise ValueError(
+                f"rollout.staleness={self.rollout.staleness} does not go with a world model or imagination: both play "
+                "with the team while it would be playing ahead"
+            )
 
     def _latents_fit(self) -> None:
         """What cannot go with vectors."""

@@ -7,6 +7,7 @@ The run folder:
     adapters/NAME/        the trained adapters, peft format
     warm/NAME/            the adapters before reinforcement learning
     checkpoints/          TRL checkpoints, each with a completion marker
+    published/NAME/       adapters on their way to a sampling engine, while the run goes on
     league/NAME@N/        adapters as they were after N iterations, where there is a league
     episodes.jsonl        every training episode
     log.jsonl             one line per iteration
@@ -41,7 +42,7 @@ from preconcert.core import (
     keep_episodes_before,
 )
 from preconcert.envs import make_env
-from preconcert.models import TransformersModel, build_starter, check_model_name
+from preconcert.models import LanguageModel, TransformersModel, build_starter, check_model_name
 from preconcert.prompts import starter_words
 from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
@@ -56,6 +57,7 @@ from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rows import GrammarTable
+from preconcert.training.sampler import Engine, Publisher, check_engine, publisher_of, rollout_engine, start_vllm
 from preconcert.training.source import GameSource, record_name
 from preconcert.training.update import Order
 from preconcert.training.warm_cache import WarmCache, warm_basis, warm_key
@@ -64,6 +66,8 @@ from preconcert.training.world_stage import ADAPTER, WorldRefresh, load_world_mo
 from preconcert.world_models import OracleValue, OracleWorldModel, TokenWorldModel
 
 RESULT = "result.json"
+PUBLISHED = "published"
+"""Where adapters are written on their way to a sampling engine."""
 _IMITATOR = "imitator"
 """The adapter that method `lora` trains, until the agents' own are copied from it."""
 _IMITATION = "imitation.json"
@@ -100,6 +104,7 @@ def train(
     env = make_env(recipe.task, recipe.params, 0, "train")
     assignment = assign(recipe, env)
     _check(recipe, env, assignment)
+    check_engine(recipe.rollout, world)
     prepare_folder(recipe, out, resume, rank)
     names = adapter_names(recipe, assignment)
     trainable = tuple(name for name in names if name not in recipe.frozen)
@@ -116,7 +121,12 @@ def train(
         if not trainable:
             raise ConfigError(f"every adapter is frozen: {', '.join(recipe.frozen)}")
         _gate(recipe, out, model, env, assignment, reporter, rank, world)
-        _reinforce(recipe, out, model, env, assignment, trainable, reporter, rank, world)
+        warm = {name: out / "warm" / name for name in names}
+        with rollout_engine(recipe.rollout, model, base_of(recipe, out), recipe.dtype, warm, reporter) as players:
+            published = out / PUBLISHED / str(rank)
+            publisher = publisher_of(recipe.rollout, model, players, trainable, published)
+            _reinforce(recipe, out, model, players, publisher, env, assignment, trainable, reporter, rank, world)
+        shutil.rmtree(out / PUBLISHED, ignore_errors=True)
     if rank == 0:
         for name in names:
             model.save_adapter(name, out / "adapters" / name)
@@ -224,13 +234,33 @@ def load_model(recipe: Recipe, run: Path, adapters: Path) -> TransformersModel:
         run: the run folder.
         adapters: `warm` or `adapters` of the run.
     """
-    base = run / "base"
-    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
-    if not adapters.is_dir():
-        raise ConfigError(f"the run {str(run)!r} has no {adapters.name!r} folder; is it finished?")
-    for folder in sorted(path for path in adapters.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    model = TransformersModel.load(base_of(recipe, run), recipe.lora, recipe.dtype)
+    for folder in _adapter_folders(run, adapters):
         model.load_adapter(folder.name, folder)
     return model
+
+
+def load_players(recipe: Recipe, run: Path, adapters: Path) -> LanguageModel:
+    """The same on the engine that the recipe's `rollout` names, for playing."""
+    if recipe.rollout.engine is Engine.TRANSFORMERS:
+        return load_model(recipe, run, adapters)
+    folders = _adapter_folders(run, adapters)
+    model = start_vllm(base_of(recipe, run), recipe.lora, recipe.dtype, recipe.rollout)
+    for folder in folders:
+        model.load_adapter(folder.name, folder)
+    return model
+
+
+def base_of(recipe: Recipe, run: Path) -> str | Path:
+    """The run's own base, or the model that the recipe names."""
+    base = run / "base"
+    return base if base.is_dir() else recipe.model
+
+
+def _adapter_folders(run: Path, adapters: Path) -> list[Path]:
+    if not adapters.is_dir():
+        raise ConfigError(f"the run {str(run)!r} has no {adapters.name!r} folder; is it finished?")
+    return sorted(path for path in adapters.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def warm_start(
@@ -369,6 +399,8 @@ def _reinforce(
     recipe: Recipe,
     out: Path,
     model: TransformersModel,
+    players: LanguageModel,
+    publisher: Publisher | None,
     env: Env,
     assignment: Mapping[str, str],
     trainable: tuple[str, ...],
@@ -385,7 +417,7 @@ def _reinforce(
         _keep_log_before(out / "log.jsonl", begin)
     _barrier(world)
     table = GrammarTable()
-    team = GenerativeTeam(model, env.language, recipe.agent, assignment, settings.temperature)
+    team = GenerativeTeam(players, env.language, recipe.agent, assignment, settings.temperature)
     critic = make_critic(recipe, out, model, env, trainable) if recipe.algorithm is Algorithm.PPO else None
     values = critic.values if critic is not None else None
     folder = out if recipe.keep_episodes else None
@@ -406,6 +438,7 @@ def _reinforce(
         values=values,
         league=league,
         imaginer=imaginer,
+        publisher=publisher,
     )
     reporter.stage("reinforcement learning", settings.iterations)
     reporter.advance(begin)
@@ -436,7 +469,10 @@ def _reinforce(
         reference,
         **options,
     )
-    trainer.train(resume_from_checkpoint=str(held[0]) if held is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(held[0]) if held is not None else None)
+    finally:
+        source.close()
     model.base.eval()
 
 

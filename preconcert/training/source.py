@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from preconcert.training.prediction import foretold, pay, payments, prediction_m
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, Row, RowSettings, build_rows, worth_training
+from preconcert.training.sampler import Publisher
 from preconcert.training.update import Order
 
 EPISODES = "episodes.jsonl"
@@ -52,6 +54,10 @@ class _Play:
     """Games from beginning to end, which the metrics are about."""
     lines: tuple[Episode, ...] = ()
     """The games that branches came from."""
+    seconds: float = 0.0
+    """What playing took."""
+    version: int = 0
+    """Updates behind the adapters that played."""
 
 
 class GameSource:
@@ -72,6 +78,7 @@ class GameSource:
         values: a critic's estimates of a rollout, for credit estimators that need them.
         league: who plays whom; None for the team's own assignment.
         imaginer: lets the agents play on in a world model; None where nothing is imagined.
+        publisher: brings the trainer's adapters to the team's engine; None where the team plays with the trainer's own.
 
     Raises:
         ConfigError: the credit estimator needs values and there is nobody to give them, or rewards are scaled for an
@@ -91,6 +98,7 @@ class GameSource:
         values: Callable[[Sequence[Episode]], Values] | None = None,
         league: League | None = None,
         imaginer: Imaginer | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
         if recipe.grpo.credit.needs_values and values is None:
             raise ConfigError(f"grpo.credit={recipe.grpo.credit.type} needs a critic's values, and there is no critic")
@@ -104,6 +112,9 @@ class GameSource:
         self.values = values
         self.league = league
         self.imaginer = imaginer
+        self.publisher = publisher
+        self._ahead: tuple[int, Future[_Play]] | None = None
+        self._player = ThreadPoolExecutor(1, "rollout") if publisher is not None and publisher.staleness else None
         team.keep_distributions = recipe.grpo.prediction is not None
         self.credit_state: dict[str, float] = {}
         self.messages = self._message_ledger(trainable)
@@ -156,9 +167,8 @@ class GameSource:
         recipe = self.recipe
         started = time.perf_counter()
         restarted = self.league.prepare(iteration) if self.league is not None else ()
-        self.team.version = iteration
         self.team.temperature = recipe.grpo.temperature
-        play = self._play(iteration)
+        play, engine = self._next(iteration)
         episodes = play.episodes
         played = time.perf_counter()
         if self.folder is not None:
@@ -210,7 +220,7 @@ class GameSource:
             }.items()
             if value is not None
         }
-        metrics |= predicted | figures | said
+        metrics |= engine | predicted | figures | said
         if self.league is not None:
             metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
@@ -249,6 +259,46 @@ class GameSource:
 
         returns = None if credit.returns is None else own(credit.returns)
         return Credit(own(credit.advantages), returns, credit.state)
+
+    def close(self) -> None:
+        """Give up a rollout that is being played ahead."""
+        self._ahead = None
+        if self._player is not None:
+            self._player.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self, iteration: int) -> tuple[_Play, dict[str, float]]:
+        """The games of an iteration, and figures of the engine that played them.
+
+        Where the engine may lag behind, the games of the iteration after begin here: they are played while the trainer
+        works. An adapter is never replaced within a rollout.
+        """
+        publisher = self.publisher
+        if publisher is None:
+            return self._played(iteration, iteration), {}
+        ahead, self._ahead = self._ahead, None
+        published = 0.0
+        if ahead is not None and ahead[0] == iteration:
+            play = ahead[1].result()
+        else:
+            publisher.publish_for(iteration, iteration)
+            published = publisher.seconds
+            play = self._played(iteration, publisher.version)
+        if self._player is not None and iteration + 1 < self.recipe.grpo.iterations:
+            publisher.publish_for(iteration + 1, iteration)
+            published += publisher.seconds
+            self._ahead = iteration + 1, self._player.submit(self._played, iteration + 1, publisher.version)
+        return play, {
+            "sampler_staleness": float(iteration - play.version),
+            "publish_s": published,
+            "played_s": play.seconds,
+        }
+
+    def _played(self, iteration: int, version: int) -> _Play:
+        """The games of an iteration by adapters with so many updates behind them."""
+        started = time.perf_counter()
+        self.team.version = version
+        play = self._play(iteration)
+        return replace(play, seconds=time.perf_counter() - started, version=version)
 
     def _play(self, iteration: int) -> _Play:
         """Whole games, or branches of games where credit is given per agent and turn."""

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from preconcert.agents import ChannelSettings, GenerativeTeam
 from preconcert.core import ConfigError, Env, Episode, derive_seed
 from preconcert.envs import make_env
-from preconcert.models import TransformersModel
+from preconcert.models import LanguageModel, TransformersModel
 from preconcert.prompts import TurnFormat, WorldFormat
 from preconcert.training.json_file import write_json
 from preconcert.training.recipe import Recipe
@@ -198,7 +198,7 @@ def _teach(
 
 
 def load_world_model(
-    run: Path, model: TransformersModel | None = None, settings: TokenWorldSettings | None = None
+    run: Path, model: LanguageModel | None = None, settings: TokenWorldSettings | None = None
 ) -> TokenWorldModel:
     """The world model of a run.
 
@@ -269,7 +269,7 @@ def _refreshed(out: Path) -> list[tuple[int, Path]]:
 
 def _model_on(
     recipe: Recipe,
-    model: TransformersModel,
+    model: LanguageModel,
     env: Env,
     scale: tuple[float, float],
     settings: TokenWorldSettings | None = None,
