@@ -7,6 +7,7 @@ parses what came back. A turn that does not parse is a record with `malformed` s
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -211,6 +212,27 @@ class GenerativeTeam:
         for (held, agent), memory in list(self._memories.items()):
             if held == episode:
                 self._memories[(name, agent)] = memory
+
+    def apart(
+        self, temperature: float | None = None, assignment: Mapping[str, str | None] | None = None
+    ) -> GenerativeTeam:
+        """The same team with a memory and counts of its own; model and compiled grammars are shared.
+
+        Args:
+            temperature: another one.
+            assignment: other adapters.
+
+        Raises:
+            UnknownNameError: an adapter that the model does not have.
+        """
+        for adapter in (assignment or {}).values():
+            if adapter is not None and adapter not in self.model.adapters:
+                raise UnknownNameError("adapter", adapter, self.model.adapters)
+        other = copy.copy(self)
+        other.assignment = dict(self.assignment if assignment is None else assignment)
+        other.temperature = self.temperature if temperature is None else temperature
+        other.tokens_generated, other.decisions, other._memories = 0, 0, {}
+        return other
 
     def version_of(self, adapter: str) -> int:
         """Number of updates behind an adapter."""

@@ -1,8 +1,8 @@
 """Rollouts: many episodes played in lockstep, every live (episode, agent) request of a step in one policy call.
 
 Parts: `EpisodeSpec`, `rollout`, and `ScriptedPolicy`, which lets the tasks' own players take the place of a model.
-What `rollout` is made of (`Running`, `begin`, `joint_turns`, `carry_out`, `play_out`) also serves `branching.py`, where
-games branch off a running one.
+What `rollout` is made of (`Running`, `begin`, `turn_requests`, `joint_turns`, `carry_out`, `play_out`) also serves
+`branching.py`, where games branch off a running one, and the HTTP service, where they are played turn by turn.
 """
 
 from __future__ import annotations
@@ -256,7 +256,40 @@ def joint_turns(
     live: Mapping[str, Running], talk: Channel, policies: Policies, seed: int
 ) -> dict[str, dict[str, Turn]]:
     """One turn of every agent of every running episode, by episode and agent, from one call per policy."""
-    return _decide(_requests(live, talk, seed), policies)
+    return _decide(turn_requests(live, talk, seed), policies)
+
+
+def turn_requests(live: Mapping[str, Running], talk: Channel, seed: int) -> list[TurnRequest]:
+    """What every agent of every running episode is asked now, in the order of the episodes and of their agents.
+
+    Args:
+        live: by name, from which the choices' seeds follow.
+        talk: holds the inboxes.
+        seed: of the agents' choices.
+
+    Raises:
+        EnvError: an agent has no observation.
+    """
+    requests: list[TurnRequest] = []
+    for name, state in live.items():
+        for agent in state.env.agents:
+            if agent not in state.observations:
+                raise EnvError(f"{state.spec.task}: no observation for agent {agent!r}")
+            observation = state.observations[agent]
+            requests.append(
+                TurnRequest(
+                    episode=name,
+                    agent=agent,
+                    observation=observation,
+                    inbox=talk.inbox(name, agent),
+                    others=tuple(other for other in state.env.agents if other != agent),
+                    language=state.env.language,
+                    seed=derive_seed(seed, name, agent, observation.step),
+                    env=state.env,
+                    player=state.spec.cast.get(agent),
+                )
+            )
+    return requests
 
 
 def carry_out(
@@ -397,29 +430,6 @@ def _scene(state: Running, policies: Policies) -> Scene:
         own = None if asked is None else asked([other for other in state.env.agents if other != agent])
         slots[agent] = state.env.language.message if own is None else own
     return Scene(slots, positions_of(state.env))
-
-
-def _requests(live: Mapping[str, Running], talk: Channel, seed: int) -> list[TurnRequest]:
-    requests: list[TurnRequest] = []
-    for name, state in live.items():
-        for agent in state.env.agents:
-            if agent not in state.observations:
-                raise EnvError(f"{state.spec.task}: no observation for agent {agent!r}")
-            observation = state.observations[agent]
-            requests.append(
-                TurnRequest(
-                    episode=name,
-                    agent=agent,
-                    observation=observation,
-                    inbox=talk.inbox(name, agent),
-                    others=tuple(other for other in state.env.agents if other != agent),
-                    language=state.env.language,
-                    seed=derive_seed(seed, name, agent, observation.step),
-                    env=state.env,
-                    player=state.spec.cast.get(agent),
-                )
-            )
-    return requests
 
 
 def _decide(requests: Sequence[TurnRequest], policies: Policies) -> dict[str, dict[str, Turn]]:
