@@ -169,6 +169,16 @@ class Fill:
     columns: Int[Tensor, " n"]
     vectors: Float[Tensor, "n width"]
 
+    @classmethod
+    def side_by_side(
+        cls, vectors: Float[Tensor, "m k width"], rows: Sequence[int] | Tensor, starts: Sequence[int] | Tensor
+    ) -> Fill:
+        """`k` vectors each from column `starts[i]` of row `rows[i]` on."""
+        device, count = vectors.device, vectors.shape[1]
+        row = torch.as_tensor(rows, device=device)[:, None].expand(-1, count)
+        column = torch.as_tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+        return cls(row.reshape(-1), column.reshape(-1), vectors.reshape(-1, vectors.shape[-1]))
+
 
 class Fills:
     """While it is open, these vectors stand in the place of embeddings.

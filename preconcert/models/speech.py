@@ -135,20 +135,13 @@ class Speech:
                 continue
             values = [placed.latent.values for _, placed in places]
             found.append(
-                self.fill(
+                Fill.side_by_side(
                     self._vectors(adapter, values),
                     [row for row, _ in places],
                     [placed.start for _, placed in places],
                 )
             )
         return Fills(self.base, found)
-
-    def fill(self, vectors: Tensor, rows: Sequence[int], starts: Sequence[int]) -> Fill:
-        """Embeddings, shape (n, k, width), for k places each from `starts[i]` on in row `rows[i]`."""
-        device, count = self._body.device, vectors.shape[1]
-        first = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
-        row = torch.tensor(rows, device=device)[:, None].expand(-1, count)
-        return Fill(row.reshape(-1), first.reshape(-1), vectors.reshape(-1, vectors.shape[-1]))
 
     def speak(self, requests: Sequence[SpeakRequest]) -> list[Latent]:
         """One message per request."""
@@ -194,7 +187,7 @@ class Speech:
         for adapter in dict.fromkeys(adapters):
             rows = [row for row, name in enumerate(adapters) if name == adapter]
             queries = self.codec(adapter).queries.expand(len(rows), -1, -1)
-            asked.append(self.fill(queries, rows, [starts[row] for row in rows]))
+            asked.append(Fill.side_by_side(queries, rows, [starts[row] for row in rows]))
         with route_rows(self.base, adapters), heard, Fills(self.base, asked):
             hidden = self._body.feed(self._body.new_cache(len(requests)), block, lengths)
         every = torch.arange(len(requests), device=hidden.device)[:, None]
@@ -231,7 +224,7 @@ class Speech:
                 vectors.append(aligned(hidden, self._matrix, self.base))
                 if step + 1 < tokens:
                     ones = np.ones(len(requests), dtype=np.int64)
-                    fill = self.fill(vectors[-1][:, None], range(len(requests)), [0] * len(requests))
+                    fill = Fill.side_by_side(vectors[-1][:, None], range(len(requests)), [0] * len(requests))
                     with Fills(self.base, [fill]):
                         hidden = self._body.feed(cache, np.zeros((len(requests), 1), dtype=np.int64), ones)[:, 0]
         return [Latent(_tuples(message)) for message in torch.stack(vectors, dim=1).cpu().tolist()]

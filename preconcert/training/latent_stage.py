@@ -25,7 +25,7 @@ from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 
 LATENT_START = "latent_start.json"
-_TEACHER = "teacher"
+TEACHER = "teacher"
 """The adapter that reads messages in words, for as long as the stage takes."""
 
 
@@ -62,7 +62,7 @@ def train_latent_stage(
     for name in names:
         model.load_adapter(name, warm / name)
     shape = LatentSettings(**codec.model_dump(exclude={"type"}))
-    model.add_adapter(_TEACHER, 0, names[0])
+    model.add_adapter(TEACHER, 0, names[0])
     for name in names:
         model.add_codec(name, shape, derive_seed(recipe.seed, "codec", name))
     settings = recipe.latent_start
@@ -78,7 +78,7 @@ def train_latent_stage(
             dict.fromkeys(env.agents, teacher) if settings.distil else {},
             recipe.agent,
         )
-        seats = {agent: Seat(model, name, _TEACHER) for agent, name in assignment.items()}
+        seats = {agent: Seat(model, name, TEACHER) for agent, name in assignment.items()}
         reporter.stage("latent messages", settings.steps)
         log = train_latents(LatentStart(seats, settings), lines, derive_seed(recipe.seed, "latents"), reporter)
     for name in names:

@@ -341,7 +341,8 @@ class LatentStart:
             mine = [row for row, (_, line) in enumerate(rows) if self.seats[line.agent].adapter == adapter]
             codec = model.codecs[adapter]
             if queries:
-                fills.append(_fill(codec.queries.expand(len(mine), -1, -1), mine, [starts[row] for row in mine]))
+                asked = codec.queries.expand(len(mine), -1, -1)
+                fills.append(Fill.side_by_side(asked, mine, [starts[row] for row in mine]))
             for sender in heard or {}:
                 hearing = [
                     row
@@ -353,7 +354,7 @@ class LatentStart:
                 values = heard[sender][[rows[row][0] for row in hearing]]
                 places = [rows[row][1].starts[sender] for row in hearing]
                 vectors = codec.embedded(values.to(codec.queries.device))
-                fills.append(_fill(vectors, hearing, places))
+                fills.append(Fill.side_by_side(vectors, hearing, places))
                 said = [rows[row][1].words.get(sender, ()) for row in hearing]
                 distances.append(_distances(vectors, said, model.base.get_input_embeddings().weight))
         device = model.device
@@ -479,14 +480,6 @@ def train_latents(
 def _at(lines: Lines, step: int) -> list[Line]:
     """Everyone's turn at a step; before the first there is only the first, which nobody hears."""
     return [turns[max(step, 0)] for turns in lines.values()]
-
-
-def _fill(vectors: Tensor, rows: Sequence[int], starts: Sequence[int]) -> Fill:
-    first = torch.tensor(starts)[:, None] + torch.arange(vectors.shape[1])
-    row = torch.tensor(rows)[:, None].expand(-1, vectors.shape[1])
-    device = vectors.device
-    flat = vectors.reshape(-1, vectors.shape[-1])
-    return Fill(row.reshape(-1).to(device), first.reshape(-1).to(device), flat)
 
 
 def _places(found: Sequence[tuple[int, int, int]], hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,13 @@ from preconcert.envs import make_env
 from preconcert.models import LatentMethod, LatentSettings, TransformersModel
 from preconcert.training.imitation import scripted_episodes
 from preconcert.training.json_file import write_json
+from preconcert.training.latent_stage import TEACHER
 from preconcert.training.latent_start import LatentStart, Seat, lines_of, train_latents
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.run import RESULT, assign, load_model, warm_start
 from preconcert.training.warm_cache import WarmCache, in_words
 
-_TEACHER = "teacher"
 _ASKED = "mixed.json"
 """What was asked for."""
 
@@ -127,7 +127,7 @@ def train_mixed(
         own = recipes[agent]
         models[agent] = TransformersModel.load(base if base.is_dir() else own.model, own.lora, own.dtype)
         models[agent].load_adapter(agent, place / "warm" / agent)
-        models[agent].add_adapter(_TEACHER, 0, agent)
+        models[agent].add_adapter(TEACHER, 0, agent)
         models[agent].add_codec(agent, shape, derive_seed(recipe.seed, "codec", agent))
     words = codec_of(SlotsSettings(), env.language, recipe.agent.spans)
     vectors = codec_of(codec, env.language, recipe.agent.spans)
@@ -138,7 +138,7 @@ def train_mixed(
         {agent: turn_format_of(models[agent].tokenizer, recipe.agent, words) for agent in env.agents},
         recipe.agent,
     )
-    start = LatentStart({agent: Seat(models[agent], agent, _TEACHER) for agent in env.agents}, recipe.latent_start)
+    start = LatentStart({agent: Seat(models[agent], agent, TEACHER) for agent in env.agents}, recipe.latent_start)
     reporter.stage("latent messages", recipe.latent_start.steps)
     log = train_latents(start, lines, derive_seed(recipe.seed, "latents"), reporter)
     for agent in env.agents:

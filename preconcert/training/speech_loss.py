@@ -211,18 +211,12 @@ def fills_of(
                 places = (mine[:, None] & (batch["heard_length"] == length)).nonzero()
                 numbers = held[places[:, 0], places[:, 1], :length]
                 starts = batch["heard_at"][places[:, 0], places[:, 1]]
-                fills.append(_fill(codec.embedded(numbers), places[:, 0], starts))
+                fills.append(Fill.side_by_side(codec.embedded(numbers), places[:, 0], starts))
         speaking = (mine & (batch["said_at"] >= 0)).nonzero()[:, 0]
         if len(speaking):
             queries = codec.queries.expand(len(speaking), -1, -1)
-            fills.append(_fill(queries, speaking, prompt_width + batch["said_at"][speaking]))
+            fills.append(Fill.side_by_side(queries, speaking, prompt_width + batch["said_at"][speaking]))
     return fills
-
-
-def _fill(vectors: Tensor, rows: Tensor, starts: Tensor) -> Fill:
-    columns = starts[:, None] + torch.arange(vectors.shape[1], device=starts.device)
-    flat = vectors.reshape(-1, vectors.shape[-1])
-    return Fill(rows[:, None].expand(-1, vectors.shape[1]).reshape(-1), columns.reshape(-1), flat)
 
 
 def query_columns(batch: Mapping[str, Tensor]) -> Tensor:
