@@ -198,12 +198,14 @@ def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> No
         if not resume and rank == 0:
             raise ConfigError(f"{str(out)!r} already holds a run; use --resume to go on, --fresh to start over")
         held = json.loads(file.read_text())
-        for key in sorted(set(held) | set(wanted)):
+        for key in sorted((set(held) | set(wanted)) - {"rollout"}):
             if held.get(key) != wanted.get(key):
                 raise ConfigError(
                     f"{str(out)!r} holds a run with {key}={_short(held.get(key))}, "
                     f"the recipe says {_short(wanted.get(key))}"
                 )
+        if rank == 0 and held.get("rollout") != wanted["rollout"]:  # where the engine is does not make another run
+            write_json(file, wanted)
         return
     if resume and rank == 0 and out.exists() and any(out.iterdir()):
         raise ConfigError(f"{str(out)!r} is not a run: it has no recipe.json")

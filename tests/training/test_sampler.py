@@ -17,7 +17,7 @@ from preconcert.models import LoraSettings, TransformersModel
 from preconcert.training import sampler
 from preconcert.training.recipe import Recipe
 from preconcert.training.rows import GrammarTable
-from preconcert.training.run import train
+from preconcert.training.run import load_recipe_of, prepare_folder, train
 from preconcert.training.sampler import Publisher, RolloutSettings, check_engine
 from preconcert.training.source import GameSource
 from tests.training.teams import AGENTS, LORA, load, recipe_of, team_on
@@ -152,6 +152,14 @@ def test_a_correction_that_is_given_stays() -> None:
     )
     assert recipe.update.correction is None
     assert Recipe(task="rendezvous").update.correction is None
+
+
+def test_a_run_goes_on_with_another_server(tmp_path: Path) -> None:
+    recipe = recipe_of(iterations=2)
+    prepare_folder(recipe, tmp_path / "run", resume=False)
+    moved = recipe.model_copy(update={"rollout": RolloutSettings(url="http://127.0.0.1:8001")})
+    prepare_folder(moved, tmp_path / "run", resume=True)
+    assert load_recipe_of(tmp_path / "run") == moved
 
 
 def test_processes_share_a_server() -> None:
