@@ -1,7 +1,9 @@
 """The language of turns and of world models: grammars, templates, rendering, strict parsing, the automata behind."""
 
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
+from preconcert.prompts.chat_template import chat_template
 from preconcert.prompts.grammar import Grammar, Reading
+from preconcert.prompts.own_template import own_template
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent
 from preconcert.prompts.speech import SILENCE, STOP, Speech, whole_messages
 from preconcert.prompts.turn_format import TurnFormat, Written
@@ -13,5 +15,6 @@ from preconcert.prompts.world_grammar import VALUES, WorldAnswer, WorldPart, Wor
 __all__ = [
     "DONE_WORDS", "END_OF_PLAY", "SILENCE", "STOP", "VALUES", "Automaton", "AutomatonBuilder", "Grammar", "Piece",
     "Reading", "SpanSettings", "Speech", "TurnContent", "TurnFormat", "WorldAnswer", "WorldFormat", "WorldPart",
-    "WorldSpan", "WorldWritten", "Written", "starter_words", "turn_pieces", "whole_messages",
+    "WorldSpan", "WorldWritten", "Written", "chat_template", "own_template", "starter_words", "turn_pieces",
+    "whole_messages",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from preconcert.core import GrammarError, Slot
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
+from preconcert.prompts.own_template import own_template
 
 
 class Spelling(Protocol):
@@ -128,7 +129,7 @@ class FreeSpelling:
 
 def _word_ids(tokenizer: Any, word: str) -> tuple[int, ...]:
     """One token where the tokenizer knows whole words; else with a mark behind it, so that no word begins another."""
-    compact = not getattr(tokenizer, "chat_template", None)
+    compact = own_template(tokenizer) is None
     ids = tuple(tokenizer.encode(word if compact else f" {word};", add_special_tokens=False))
     unknown = tokenizer.unk_token_id
     if not ids or (unknown is not None and unknown in ids):

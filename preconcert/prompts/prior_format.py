@@ -50,7 +50,4 @@ class PriorFormat:
             silence = " ".join([SILENCE] * max(1, len(self.slots or ())))
             return self.turns.encode(f"<from> {sender} {last or silence} <say>")
         asked = _TEMPLATES.get_template("prior.jinja").render(sender=sender, last=last).strip()
-        text: str = self.turns.tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return self.turns.encode(text)
+        return self.turns.encode(self.turns.chat_text([{"role": "user", "content": asked}]))

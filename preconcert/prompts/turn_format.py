@@ -6,7 +6,7 @@ the compact one. Nothing is ever tokenised twice: a parse works on the ids as sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from preconcert.core import GrammarError, Message, Observation, Span, SpanKind, TaskLanguage
 from preconcert.prompts.automaton import Automaton
 from preconcert.prompts.grammar import Grammar, Reading
+from preconcert.prompts.own_template import own_template
 from preconcert.prompts.spans import SpanSettings, TurnContent
 from preconcert.prompts.speech import SILENCE, Speech, whole_messages
 from preconcert.prompts.turn_grammar import content_of, turn_pieces, word_of
@@ -72,7 +73,8 @@ class TurnFormat:
         self.spans = spans
         self.memory = memory
         self.speech = whole_messages(language) if speech is None else speech
-        self.compact = not getattr(tokenizer, "chat_template", None)
+        self._template = own_template(tokenizer)
+        self.compact = self._template is None
         self.eos: int = tokenizer.eos_token_id
         self._compile = lru_cache(maxsize=4096)(self._compile_uncached)
         self.encode = lru_cache(maxsize=65536)(self._encode_uncached)
@@ -124,11 +126,30 @@ class TurnFormat:
     def _prompt_text(self, fields: dict[str, Any]) -> str:
         if self.compact:
             return _TEMPLATES.get_template("starter.jinja").render(fields).strip()
-        chat = [
-            {"role": "system", "content": _TEMPLATES.get_template("system.jinja").render(fields).strip()},
-            {"role": "user", "content": _TEMPLATES.get_template("user.jinja").render(fields).strip()},
-        ]
-        return self._apply_template(chat, answer_next=True)
+        return self.chat_text(_chat(fields))
+
+    def chat(
+        self,
+        agent: str,
+        observation: Observation,
+        inbox: Sequence[Message],
+        others: Sequence[str],
+        memory: Sequence[str] = (),
+    ) -> list[dict[str, str]]:
+        """The prompt of a turn as a chat: what the rules are, and what the agent sees. In either spelling the words are
+        those that a pretrained model reads."""
+        return _chat(self._fields(agent, observation, inbox, others, memory))
+
+    def chat_text(self, chat: Sequence[Mapping[str, str]]) -> str:
+        """A chat in the tokenizer's own template, up to where the answer begins."""
+        found: str = self.tokenizer.apply_chat_template(
+            list(chat),
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        return found
 
     def followup_ids(
         self,
@@ -148,7 +169,7 @@ class TurnFormat:
             {"role": "assistant", "content": sentinel},
             {"role": "user", "content": _TEMPLATES.get_template("user.jinja").render(fields).strip()},
         ]
-        _, _, tail = self._apply_template(chat, answer_next=True).rpartition(sentinel)
+        _, _, tail = self.chat_text(chat).rpartition(sentinel)
         eos = self.tokenizer.eos_token
         if ended_with_eos and tail.startswith(eos):
             tail = tail[len(eos) :]
@@ -179,11 +200,6 @@ class TurnFormat:
             "spans": self.spans,
             "speech": self.speech,
         }
-
-    def _apply_template(self, chat: list[dict[str, str]], answer_next: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=answer_next, enable_thinking=False
-        )
 
     # ---- turns
 
@@ -247,6 +263,11 @@ class TurnFormat:
         return ids
 
 
+def _chat(fields: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": _TEMPLATES.get_template("system.jinja").render(fields).strip()},
+        {"role": "user", "content": _TEMPLATES.get_template("user.jinja").render(fields).strip()},
+    ]
 
 
 def _spans(readings: Sequence[Reading]) -> tuple[Span, ...]:
