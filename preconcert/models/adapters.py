@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -97,14 +97,18 @@ class Adapters:
         if source is not None:
             self._write(name, {key: value.detach() for key, value in self.parameters(source).items()})
             return
+        self._write(name, self.fresh(name, seed))
+
+    def fresh(self, name: str, seed: int) -> dict[str, Tensor]:
+        """The tensors that an adapter of this name begins with; they change nothing yet."""
         generator = torch.Generator().manual_seed(seed)
-        fresh: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for key, value in sorted(self.parameters(name).items()):
-            fresh[key] = torch.zeros(value.shape)
+            found[key] = torch.zeros(value.shape)
             if key.endswith("lora_A.weight"):
                 bound = 1 / math.sqrt(value.shape[1])
-                fresh[key].uniform_(-bound, bound, generator=generator)
-        self._write(name, fresh)
+                found[key].uniform_(-bound, bound, generator=generator)
+        return found
 
     def load(self, name: str, path: Path) -> None:
         """Read an adapter folder, replacing one of the same name; nothing changes if the folder is unusable."""
@@ -120,15 +124,23 @@ class Adapters:
             raise
         self._write(name, state)
 
-    def save(self, name: str, path: Path, more: Callable[[Path], None] | None = None) -> None:
+    def save(
+        self,
+        name: str,
+        path: Path,
+        more: Callable[[Path], None] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write an adapter folder beside its place and rename it.
 
         Args:
             name: the adapter's.
             path: the folder; one that is there is replaced.
             more: writes further files into the folder before it is renamed.
+            state: tensors to write in the place of the adapter's own.
         """
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.parameters(name).items()}
+        state = self.parameters(name) if state is None else state
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

@@ -36,11 +36,10 @@ def load_checkpoint(name_or_path: str | Path, dtype: str, device: str) -> tuple[
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
-    name = str(name_or_path) if name_or_path != Path() else ""
-    _check_source(name)
-    config = _read(name, "config", AutoConfig.from_pretrained)
-    tokenizer = _read(name, "tokenizer", AutoTokenizer.from_pretrained)
-    model = _read(name, "weights", AutoModelForCausalLM.from_pretrained, config=config, dtype=DTYPES[dtype])
+    name = check_checkpoint(name_or_path)
+    config = read_pretrained(name, "config", AutoConfig.from_pretrained)
+    tokenizer = read_pretrained(name, "tokenizer", AutoTokenizer.from_pretrained)
+    model = read_pretrained(name, "weights", AutoModelForCausalLM.from_pretrained, config=config, dtype=DTYPES[dtype])
     if device == "auto":
         # Processes of one torchrun have a card each.
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -54,7 +53,27 @@ def load_checkpoint(name_or_path: str | Path, dtype: str, device: str) -> tuple[
 def check_model_name(name: str) -> None:
     """Raises a `ModelError` where there is surely no such model: no folder or configuration of that name. Cheap."""
     _check_source(name)
-    _read(name, "config", AutoConfig.from_pretrained)
+    read_pretrained(name, "config", AutoConfig.from_pretrained)
+
+
+def check_checkpoint(name_or_path: str | Path) -> str:
+    """A model's name or folder as text.
+
+    Raises:
+        ModelError: it is a path without a checkpoint.
+    """
+    name = str(name_or_path) if name_or_path != Path() else ""
+    _check_source(name)
+    return name
+
+
+def eos_ids(tokenizer: Any, settings: Any) -> list[int]:
+    """Token ids that end a completion: the tokenizer's and those of a generation or model configuration."""
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return sorted(found)
 
 
 def first_line(error: BaseException) -> str:
@@ -78,7 +97,18 @@ def _check_source(name: str) -> None:
         raise ModelError(f"no model folder at {name!r}")
 
 
-def _read(name: str, what: str, call: Callable[..., Any], **options: Any) -> Any:
+def read_pretrained(name: str, what: str, call: Callable[..., Any], **options: Any) -> Any:
+    """Call a loader of transformers without its progress bars.
+
+    Args:
+        name: a folder or a hub name.
+        what: it reads, for the error.
+        call: the loader.
+        options: of the loader.
+
+    Raises:
+        ModelError: whatever it raises, on one line.
+    """
     local = Path(name).expanduser().is_dir()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

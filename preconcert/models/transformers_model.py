@@ -32,7 +32,7 @@ from preconcert.models.language_model import (
     SpeakRequest,
 )
 from preconcert.models.latents import LatentCodec, LatentSettings
-from preconcert.models.loading import load_checkpoint
+from preconcert.models.loading import eos_ids, load_checkpoint
 from preconcert.models.next_token import NextRequest, next_logprobs, rows_of
 from preconcert.models.reading import Body, PlainReader, SessionReader, block_of, last_of
 from preconcert.models.routing import route_rows
@@ -290,7 +290,7 @@ class TransformersModel:
         self._sessions.drop()
 
     def _generate(self, requests: list[GenerateRequest]) -> list[Completion]:
-        writing = Writing(requests, self._eos_ids())
+        writing = Writing(requests, eos_ids(self.tokenizer, getattr(self.base, "generation_config", None)))
         reader: PlainReader | SessionReader
         if requests[0].session is None:
             reader = PlainReader(self._body, requests, self._speech.fills)
@@ -383,14 +383,6 @@ class TransformersModel:
     def _head(self) -> Head:
         head = self.base.get_output_embeddings()
         return Head(head.weight, getattr(head, "bias", None), head_scale(self.base.config))
-
-    def _eos_ids(self) -> list[int]:
-        found: set[int] = set()
-        settings = getattr(self.base, "generation_config", None)
-        for value in (self.tokenizer.eos_token_id, getattr(settings, "eos_token_id", None)):
-            if value is not None:
-                found.update([value] if isinstance(value, int) else value)
-        return sorted(found)
 
     def _check(
         self, request: GenerateRequest | ScoreRequest | ChoiceRequest | SpeakRequest | NextRequest, tokens: int
