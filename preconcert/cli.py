@@ -351,6 +351,45 @@ def diagnose(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder; RUN/export if not given.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+    episodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate anew with so many held-out episodes per arm.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that vLLM, peft and transformers load without this package, with a model card.
+
+    The card's table is the run's last evaluation; a run without one is evaluated first, as by `preconcert eval`.
+    """
+    from preconcert.config import load_run
+
+    with _quiet():
+        from preconcert.experiments.evaluation import evaluate as judge
+        from preconcert.experiments.evaluation import saved_evaluation
+        from preconcert.experiments.terminal import ProgressReporter
+        from preconcert.serving.export import MANIFEST, check_export, export_run
+
+        recipe = load_run(run)
+        folder = out or run / "export"
+        check_export(run, folder, force)
+        with ProgressReporter(_console(err=True), keep=False) as reporter:
+            found = None if episodes else saved_evaluation(run)
+            if found is None:
+                found = judge(run, recipe, episodes, reporter=reporter).to_json()
+            export_run(run, folder, found, force, reporter)
+    if as_json:
+        _print_json({"export": str(folder), **json.loads((folder / MANIFEST).read_text(encoding="utf-8"))})
+    else:
+        print(folder)
+
+
+@app.command()
 def crossplay(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Finished runs of one task.", show_default=False)

@@ -2,6 +2,7 @@
 
 from preconcert.prompts.automaton import Automaton, AutomatonBuilder
 from preconcert.prompts.chat_template import chat_template
+from preconcert.prompts.ebnf import ebnf
 from preconcert.prompts.grammar import Grammar, Reading
 from preconcert.prompts.own_template import own_template
 from preconcert.prompts.spans import END_OF_PLAY, SpanSettings, TurnContent
@@ -15,6 +16,6 @@ from preconcert.prompts.world_grammar import VALUES, WorldAnswer, WorldPart, Wor
 __all__ = [
     "DONE_WORDS", "END_OF_PLAY", "SILENCE", "STOP", "VALUES", "Automaton", "AutomatonBuilder", "Grammar", "Piece",
     "Reading", "SpanSettings", "Speech", "TurnContent", "TurnFormat", "WorldAnswer", "WorldFormat", "WorldPart",
-    "WorldSpan", "WorldWritten", "Written", "chat_template", "own_template", "starter_words", "turn_pieces",
-    "whole_messages",
+    "WorldSpan", "WorldWritten", "Written", "chat_template", "ebnf", "own_template", "starter_words",
+    "turn_pieces", "whole_messages",
 ]
