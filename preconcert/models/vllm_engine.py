@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import os
 import queue
 import threading
 import time
@@ -129,7 +128,9 @@ class _Driver:
         self._running: dict[str, tuple[_Call, int]] = {}
         self._names = itertools.count()
         self._loras: dict[str, LoRARequest] = {}
-        self.engine: LLMEngine | None = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.engine: LLMEngine | None = LLMEngine.from_engine_args(
+            EngineArgs(**arguments), enable_multiprocessing=True
+        )
         self.dead: str | None = None
         """Why it is, if it is."""
         self._thread = threading.Thread(target=self._drive, name="preconcert-vllm", daemon=True)
@@ -279,7 +280,6 @@ class EmbeddedEngine:
 
     Args:
         arguments: of vLLM's `EngineArgs`.
-        environment: variables that the engine's process gets; those that are set already stay.
         timeout_s: for one call.
         retries: how often an engine is made anew for one call.
 
@@ -287,11 +287,8 @@ class EmbeddedEngine:
         ModelError: no engine can be made.
     """
 
-    def __init__(
-        self, arguments: dict[str, Any], environment: dict[str, str], timeout_s: float, retries: int
-    ) -> None:
+    def __init__(self, arguments: dict[str, Any], timeout_s: float, retries: int) -> None:
         self._arguments = {**arguments, "logits_processors": [f"{Dice.__module__}:{Dice.__qualname__}"]}
-        self._environment = environment
         self._timeout_s, self._retries = timeout_s, retries
         self._adapters: dict[str, tuple[int, Path]] = {}
         self._numbers = itertools.count(1)
@@ -353,8 +350,6 @@ class EmbeddedEngine:
             self._driver.stop("it was closed")
 
     def _start(self) -> _Driver:
-        for name, value in self._environment.items():
-            os.environ.setdefault(name, value)
         began = time.monotonic()
         try:
             driver = _Driver(self._arguments)

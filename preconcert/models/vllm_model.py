@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -49,6 +50,13 @@ LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """Layers that take adapters beside prompt embeddings: all linear ones, and not the embeddings themselves."""
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_CONTEXT = 4096
+_MUST = (
+    "VLLM_USE_V2_MODEL_RUNNER",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_API_KEY",
+)
+"""Variables without which it does not work; all others are the user's."""
 
 
 class RowEngine(AdapterEngine, Protocol):
@@ -542,8 +550,17 @@ def engine_arguments(
         arguments["block_size"] = 32  # the smallest there is: what prompts share is kept in whole blocks
         # Left to itself it binds all threads to one core; OMP_NUM_THREADS says how many there are.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        if settings.tensor_parallel == 1:
+            # One process instead of two, and no hand-over in every step. (The variable is about that alone: the engine
+            # keeps a process of its own.)
+            arguments["distributed_executor_backend"] = "uni"
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return arguments, environment
+
+
+def environment_of(wanted: Mapping[str, str]) -> dict[str, str]:
+    """Variables to add to this process's environment: those that must be so, and others where the user has none."""
+    return {name: value for name, value in wanted.items() if name in _MUST or name not in os.environ}
 
 
 def check_vllm() -> None:
@@ -584,11 +601,11 @@ def start_engine(
     """
     check_vllm()
     arguments, environment = engine_arguments(fitted_checkpoint(folder, config), config, lora, dtype, settings)
+    os.environ.update(environment_of(environment))
     from preconcert.models.vllm_engine import EmbeddedEngine
 
     return EmbeddedEngine(
         {**arguments, "skip_tokenizer_init": True, "disable_log_stats": True},
-        environment,
         settings.timeout_s,
         settings.retries,
     )

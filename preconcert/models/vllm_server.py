@@ -23,7 +23,7 @@ import httpx
 from preconcert.core import ModelError
 from preconcert.models.adapters import LoraSettings
 from preconcert.models.vllm_heads import HeadFit, fitted_checkpoint
-from preconcert.models.vllm_model import check_vllm, engine_arguments, read_base
+from preconcert.models.vllm_model import check_vllm, engine_arguments, environment_of, read_base
 from preconcert.models.vllm_settings import VLLMSettings
 
 PROCESSOR = "preconcert.models.vllm_engine:Dice"
@@ -157,7 +157,7 @@ class VLLMServer:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**self._environment, **os.environ, **_ours(self._environment)},
+                env={**os.environ, **environment_of(self._environment)},
                 start_new_session=True,
             )
         if wait:
@@ -223,12 +223,6 @@ class VLLMServer:
         lines = [line for line in text.splitlines() if line.strip()]
         wrong = [line for line in lines if "Error" in line]
         return " / ".join((wrong or lines)[-3:])[:1000] or "nothing"
-
-
-def _ours(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that must be as we say, whatever the user's environment has."""
-    must = ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY")
-    return {name: environment[name] for name in must if name in environment}
 
 
 def _free_port(host: str) -> int:
