@@ -313,10 +313,10 @@ class Recipe(BaseModel):
             return
         if self.league is not None:
             raise ValueError("rollout.engine=vllm and a league do not go together: opponents come and go")
-        if self.agent.codec.type == "latent" and self.grpo.iterations:
+        if self.agent.codec.type == "latent" and self.rollout.staleness:
             raise ValueError(
-                "rollout.engine=vllm and agent.codec=latent do not go together in training: vectors are written from "
-                "hidden states, which vLLM keeps to itself; set rollout.engine=transformers"
+                f"rollout.staleness={self.rollout.staleness} and agent.codec=latent do not go together: vectors are "
+                "written by the model that would be training meanwhile"
             )
         if self.rollout.staleness and (self.grpo.imagination is not None or self.world_model is not None):
             raise ValueError(

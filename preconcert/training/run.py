@@ -122,7 +122,8 @@ def train(
             raise ConfigError(f"every adapter is frozen: {', '.join(recipe.frozen)}")
         _gate(recipe, out, model, env, assignment, reporter, rank, world)
         warm = {name: out / "warm" / name for name in names}
-        with rollout_engine(recipe.rollout, model, base_of(recipe, out), recipe.dtype, warm, reporter) as players:
+        base, latents = base_of(recipe, out), recipe.agent.codec.type == "latent"
+        with rollout_engine(recipe.rollout, model, base, recipe.dtype, warm, latents, reporter) as players:
             published = out / PUBLISHED / str(rank)
             publisher = publisher_of(recipe.rollout, model, players, trainable, published)
             _reinforce(recipe, out, model, players, publisher, env, assignment, trainable, reporter, rank, world)
@@ -247,7 +248,8 @@ def load_players(recipe: Recipe, run: Path, adapters: Path) -> LanguageModel:
     if recipe.rollout.engine is Engine.TRANSFORMERS:
         return load_model(recipe, run, adapters)
     folders = _adapter_folders(run, adapters)
-    model = start_vllm(base_of(recipe, run), recipe.lora, recipe.dtype, recipe.rollout)
+    writer = load_model(recipe, run, adapters) if recipe.agent.codec.type == "latent" else None
+    model = start_vllm(base_of(recipe, run), recipe.lora, recipe.dtype, recipe.rollout, writer)
     for folder in folders:
         model.load_adapter(folder.name, folder)
     return model

@@ -110,15 +110,26 @@ def check_engine(settings: RolloutSettings, world: int) -> None:
         )
 
 
-def start_vllm(base: str | Path, lora: LoraSettings, dtype: str, settings: RolloutSettings) -> VLLMModel:
+def start_vllm(
+    base: str | Path, lora: LoraSettings, dtype: str, settings: RolloutSettings, writer: TransformersModel | None = None
+) -> VLLMModel:
     """The engine that the settings describe.
+
+    Args:
+        base: a checkpoint folder, or a name of the hub.
+        lora: the shape of the adapters.
+        dtype: of the weights.
+        settings: the recipe's `rollout`.
+        writer: writes the latent messages of agents that talk in vectors; None where they talk in words.
 
     Raises:
         ModelError: vLLM is not installed, or the engine or server does not come up.
     """
     from preconcert.models.vllm_model import VLLMModel
 
-    return VLLMModel.load(base, lora, dtype, settings)
+    if writer is not None:
+        settings = settings.model_copy(update={"latents": True})
+    return VLLMModel.load(base, lora, dtype, settings, writer)
 
 
 @contextmanager
@@ -128,6 +139,7 @@ def rollout_engine(
     base: str | Path,
     dtype: str,
     adapters: Mapping[str, Path],
+    latents: bool,
     reporter: Reporter,
 ) -> Iterator[LanguageModel]:
     """What rollouts are played with, closed in the end.
@@ -138,6 +150,7 @@ def rollout_engine(
         base: its base: a checkpoint folder, or a name of the hub.
         dtype: of the weights.
         adapters: by name, the folders that the engine begins with.
+        latents: agents talk in vectors, which the trained model then writes.
         reporter: is told of what takes long.
 
     Raises:
@@ -147,7 +160,7 @@ def rollout_engine(
         yield trained
         return
     reporter.say("starting vLLM" if settings.url is None else f"rollouts by the vLLM server at {settings.url}")
-    engine = start_vllm(base, trained.lora, dtype, settings)
+    engine = start_vllm(base, trained.lora, dtype, settings, trained if latents else None)
     try:
         for name, folder in adapters.items():
             engine.load_adapter(name, folder)

@@ -96,7 +96,7 @@ def test_the_engine_plays_with_what_the_trainer_has(checkpoint: Callable[[str], 
 def test_a_run_on_an_engine_of_its_own_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines: list[Copy] = []
 
-    def start(base: Path, lora: LoraSettings, dtype: str, settings: RolloutSettings) -> Copy:
+    def start(base: Path, lora: LoraSettings, dtype: str, settings: RolloutSettings, writer: None) -> Copy:
         engines.append(Copy.of(base, lora))
         return engines[-1]
 
@@ -118,7 +118,7 @@ def test_a_run_on_an_engine_of_its_own_is_the_same_run(tmp_path: Path, monkeypat
 
 
 def test_a_run_that_plays_ahead_weighs_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "start_vllm", lambda base, lora, dtype, settings: Copy.of(base, lora))
+    monkeypatch.setattr(sampler, "start_vllm", lambda base, lora, *others: Copy.of(base, lora))
     content = recipe_of(
         iterations=4, seeds=2, group=2, lr=0.05, hindsight_weight=0.5, hindsight_fraction=1.0
     ).model_dump(mode="json")
@@ -136,7 +136,7 @@ def test_a_run_that_plays_ahead_weighs_for_it(tmp_path: Path, monkeypatch: pytes
     ("changes", "message"),
     [
         ({"rollout": {"staleness": 1}}, r"rollout\.staleness=1 needs rollout\.engine=vllm"),
-        ({"rollout": {"engine": "vllm"}, "agent": {"codec": "latent"}}, "hidden states"),
+        ({"rollout": {"engine": "vllm", "staleness": 1}, "agent": {"codec": "latent"}}, "would be training"),
         ({"rollout": {"engine": "vllm", "staleness": 2}, "world_model": {}}, r"rollout\.staleness=2 does not go"),
         ({"rollout": {"engine": "vllm"}, "league": {}}, "a league do not go together"),
     ],
