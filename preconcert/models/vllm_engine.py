@@ -39,6 +39,7 @@ from preconcert.models.loading import first_line
 from preconcert.models.vllm_instructions import Dicing, Row, Written, instructions, read_instructions
 
 _log = logging.getLogger(__name__)
+_WATCH_S = 0.1
 _PATIENCE_S = 5.0
 """How long an engine may take to drop a call that has run out of time before it counts as hung."""
 
@@ -133,8 +134,10 @@ class _Driver:
         )
         self.dead: str | None = None
         """Why it is, if it is."""
+        self._failing = threading.Lock()
         self._thread = threading.Thread(target=self._drive, name="preconcert-vllm", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, args=(self.engine,), name="preconcert-vllm-watch", daemon=True).start()
 
     def submit(self, call: _Call) -> None:
         """Hand over a call; its answer is in its future."""
@@ -153,10 +156,10 @@ class _Driver:
 
     def stop(self, why: str) -> None:
         """End the engine and every call in it."""
-        self.dead = self.dead or why
-        self._calls.put(None)
         engine, self.engine = self.engine, None
+        self.dead = self.dead or why
         if engine is not None:
+            self._wake(engine)
             engine.engine_core.shutdown()
             engine.renderer.shutdown()
         if threading.current_thread() is not self._thread:
@@ -182,13 +185,30 @@ class _Driver:
         finally:
             self._fail(self.dead or "it was stopped")
 
+    def _watch(self, engine: LLMEngine) -> None:
+        """See to it that the driving thread hears of the death of the engine's process: vLLM's client only marks it, and
+        whoever waits for an answer waits for ever."""
+        while self.dead is None and not engine.engine_core.resources.engine_dead:
+            time.sleep(_WATCH_S)
+        if self.dead is None:
+            self.dead = "its process ended"
+            self._wake(engine)
+
+    def _wake(self, engine: LLMEngine) -> None:
+        core = engine.engine_core
+        self._calls.put(None)
+        core.outputs_queue.put_nowait(EngineDiedError(self.dead))
+        for waiting in list(core.utility_results.values()):
+            if not waiting.done():
+                waiting.set_exception(EngineDiedError(self.dead))
+
     def _begin(self, engine: LLMEngine, call: _Call) -> None:
         if call.work is not None:
             try:
                 call.answer.set_result(call.work(engine))
-            except Exception as error:
+            except Exception as error:  # if it is the engine's end, its next step says so, too
+                _log.warning("vLLM: %s: %s", type(error).__name__, first_line(error))
                 call.answer.set_exception(error)
-                raise
             return
         for place, row in enumerate(call.rows):
             name = f"r{next(self._names)}"
@@ -234,18 +254,19 @@ class _Driver:
         return dropping
 
     def _fail(self, why: str) -> None:
-        calls = {id(call): call for call, _ in self._running.values()}
-        self._running.clear()
-        while True:
-            try:
-                call = self._calls.get_nowait()
-            except queue.Empty:
-                break
-            if call is not None:
-                calls[id(call)] = call
-        for call in calls.values():
-            if not call.answer.done():
-                call.answer.set_exception(EngineDiedError(f"the vLLM engine died: {why}"))
+        with self._failing:
+            calls = {id(call): call for call, _ in self._running.values()}
+            self._running.clear()
+            while True:
+                try:
+                    call = self._calls.get_nowait()
+                except queue.Empty:
+                    break
+                if call is not None:
+                    calls[id(call)] = call
+            for call in calls.values():
+                if not call.answer.done():
+                    call.answer.set_exception(EngineDiedError(f"the vLLM engine died: {why}"))
 
 
 def _params(row: Row) -> SamplingParams:
@@ -293,6 +314,7 @@ class EmbeddedEngine:
         self._adapters: dict[str, tuple[int, Path]] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
+        self._closed = False
         self.restarts = 0
         """How often the engine was made anew."""
         self._driver = self._start()
@@ -314,6 +336,8 @@ class EmbeddedEngine:
                 self._give_up(driver, call)
                 raise ModelError(f"vLLM gave no answer to {len(rows)} requests within {self._timeout_s:g} s") from None
             except EngineDiedError as error:
+                if self._closed:
+                    raise ModelError("the vLLM engine is closed") from error
                 if attempt >= self._retries:
                     raise ModelError(f"{error}; it was made anew {attempt} times for one call") from error
                 _log.warning("%s; it is made anew (attempt %d of %d)", error, attempt + 1, self._retries)
@@ -347,6 +371,7 @@ class EmbeddedEngine:
     def close(self) -> None:
         """End the engine's process."""
         with self._lock:
+            self._closed = True
             self._driver.stop("it was closed")
 
     def _start(self) -> _Driver:
@@ -367,7 +392,7 @@ class EmbeddedEngine:
     def _replace(self, dead: _Driver) -> None:
         """Put a new engine in the place of a dead one; of several callers the first does it."""
         with self._lock:
-            if self._driver is not dead:
+            if self._driver is not dead or self._closed:
                 return
             dead.stop("it was replaced")
             self.restarts += 1
