@@ -17,9 +17,12 @@ Each row of the table is one piece of the library (`ours`) beside a plain way of
   model's adapter and back, beside the rollout; turns after prompts with latent messages, beside as many words (see
   `speech.py`);
 * planning: one decision of 32 agents, 16 candidates each imagined 5 steps ahead by the token world model, beside the
-  same search candidate by candidate, and beside bare generation of as many tokens (see `planning.py`).
+  same search candidate by candidate, and beside bare generation of as many tokens (see `planning.py`);
+* vLLM: the same planning after 300 tokens that all prompts begin with, and the rollout, on an engine of vLLM beside
+  transformers in this process (see `vllm.py`); left out where vLLM is not installed.
 
-Times are medians of repetitions that take turns; peak memory is that of a fresh process that does one side once.
+Times are medians of repetitions that take turns; peak memory is that of a fresh process that does one side once, with
+what it started.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from torch.nn import functional
 
 from benchmarks.planning import PlanningBench
 from benchmarks.speech import SpeechBench
+from benchmarks.vllm import VLLMBench
 from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam
 from preconcert.core import Episode, uniforms
 from preconcert.envs import make_env
@@ -119,6 +123,8 @@ COMPARISONS = (
     Comparison("prompts with vectors / with as many words", "hearing", "reading", "turn", 1.05, False),
     Comparison("planning / candidate by candidate", "planning", "candidate by candidate", "decision", 5.0, True),
     Comparison("planning / bare generation", "planning", "bare imagination", "decision", 1.5, False),
+    Comparison("planning, 300 tokens in common: vLLM", "vllm planning", "transformers planning", "decision", 2.0, True),
+    Comparison("rollout: vLLM / transformers", "vllm rollout", "transformers rollout", "turn", 0.5, True),
 )
 
 
@@ -200,6 +206,10 @@ class Bench:
             "planning": lambda: self._planner.planning(),
             "candidate by candidate": lambda: self._planner.one_by_one(),
             "bare imagination": lambda: self._planner.bare_generation(),
+            "vllm planning": lambda: self._vllm.planning("vllm"),
+            "transformers planning": lambda: self._vllm.planning("transformers"),
+            "vllm rollout": lambda: self._vllm.rollout("vllm"),
+            "transformers rollout": lambda: self._vllm.rollout("transformers"),
         }[name]
 
     def rollout(self) -> int:
@@ -272,6 +282,8 @@ class Bench:
         ours, other = (rollout([spec], team, ChannelSettings(), 0)[0] for team in teams)
         self._planner.check()
         self._speech.check()
+        if VLLMBench.possible():
+            self._vllm.check()
         for agent in AGENTS:
             pairs = zip(ours.trajectories[agent].turns, other.trajectories[agent].turns, strict=True)
             assert all(a.completion_ids == b.completion_ids for a, b in pairs), "the two sides sampled differently"
@@ -303,6 +315,15 @@ class Bench:
     @cached_property
     def _planner(self) -> PlanningBench:
         return PlanningBench(self.scale.width, self.folder, self.scale.planners)
+
+    @cached_property
+    def _vllm(self) -> VLLMBench:
+        return VLLMBench(self.scale.width, self.folder, self.scale.planners, self.scale.seeds, self.scale.group)
+
+    def close(self) -> None:
+        """End what runs in processes of its own."""
+        if "_vllm" in self.__dict__:
+            self._vllm.close()
 
     @cached_property
     def _prompts(self) -> list[tuple[torch.Tensor, int]]:
@@ -398,6 +419,9 @@ def measure(scale: Scale, folder: Path) -> list[dict[str, Any]]:
     memory: dict[str, float] = {}
     for comparison in COMPARISONS:
         sides = (comparison.ours, comparison.other)
+        if "vllm" in comparison.ours and not VLLMBench.possible():
+            print(f"left out, as vLLM is not installed: {comparison.name}", file=sys.stderr)
+            continue
         for name in sides:
             bench.side(name)()  # warm
             if name not in memory:
@@ -422,6 +446,7 @@ def measure(scale: Scale, folder: Path) -> list[dict[str, Any]]:
                 "ours_peak_mib": memory[sides[0]], "other_peak_mib": memory[sides[1]],
             }
         )  # fmt: skip
+    bench.close()
     return found
 
 
@@ -478,8 +503,11 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"unknown argument {unknown[0]!r}; there are --quick, --size WIDTH, --json and --save")
     with tempfile.TemporaryDirectory() as folder:
         if side is not None and given is not None:
-            Bench(Scale(**json.loads(given)), Path(folder)).side(side)()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            bench = Bench(Scale(**json.loads(given)), Path(folder))
+            bench.side(side)()
+            bench.close()
+            kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            print(sum(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024)
             return
         scale = Scale(width, 4, 4, 1, 128, 8, 5) if flags["--quick"] else Scale(width, 16, 8, 2, 512, 32, 7)
         found = measure(scale, Path(folder))

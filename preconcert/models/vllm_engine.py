@@ -186,8 +186,8 @@ class _Driver:
             self._fail(self.dead or "it was stopped")
 
     def _watch(self, engine: LLMEngine) -> None:
-        """See to it that the driving thread hears of the death of the engine's process: vLLM's client only marks it, and
-        whoever waits for an answer waits for ever."""
+        """Tell the driving thread of the death of the engine's process: vLLM's client only marks it, and whoever waits
+        for an answer waits for ever."""
         while self.dead is None and not engine.engine_core.resources.engine_dead:
             time.sleep(_WATCH_S)
         if self.dead is None:
