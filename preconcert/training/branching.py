@@ -103,7 +103,7 @@ def branch(
             for branched in here[name]:
                 live[branched] = _copy(line.played, fresh=True)
                 fork(line.holder, branched, talk, policies)
-        groups = {name: state.spec.group for name, state in live.items()}
+        groups = {name: state.spec.instance for name, state in live.items()}
         ended = carry_out(live, joint_turns(live, talk, policies, seed), talk, policies, groups, step)
         ends = dict(ended)
         if score is Score.ROLLOUT:

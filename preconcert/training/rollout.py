@@ -56,7 +56,12 @@ class EpisodeSpec:
     def group(self) -> str:
         """Episodes of one group are samples of the same task instance, played by the same cast."""
         cast = "".join(f":{agent}={player}" for agent, player in self.cast.items())
-        return f"{self.task}:{self.split}:{self.seed}{cast}"
+        return f"{self.instance}{cast}"
+
+    @property
+    def instance(self) -> str:
+        """The task instance, whoever plays it: what a message is about."""
+        return f"{self.task}:{self.split}:{self.seed}"
 
     @property
     def name(self) -> str:
@@ -237,7 +242,7 @@ def play_out(
     Returns:
         The episodes by name.
     """
-    groups = {name: state.spec.group for name, state in live.items()}
+    groups = {name: state.spec.instance for name, state in live.items()}
     finished: dict[str, Episode] = {}
     while live:
         turns = joint_turns(live, talk, policies, seed)
@@ -307,7 +312,7 @@ def carry_out(
         turns: by episode and agent.
         talk: receives the messages of those that go on.
         policies: whose versions are put on record.
-        groups: each episode's group.
+        groups: each episode's task instance.
         step: the environment step that they are all at.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam
+from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings, GenerativeTeam
 from preconcert.core import Episode, UnknownNameError
 from preconcert.envs import make_env
 from preconcert.models import GenerateRequest, TransformersModel
@@ -107,6 +107,15 @@ def test_groups_share_a_cast() -> None:
     names = {spec.group for spec in specs(1)}
     assert len(names) == len(OTHERS)
     assert "kuhn:train:0" in names
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_messages_are_not_shuffled_within_an_instance_whoever_plays_it(other: int) -> None:
+    casts: tuple[dict[str, str], ...] = ({}, {"agent_0": "script:scripted"})
+    drawn = [EpisodeSpec("rendezvous", {}, seed, cast=cast) for seed, cast in zip((0, other), casts, strict=True)]
+    played = rollout(drawn, ScriptedPolicy("expert"), ChannelSettings(mode=ChannelMode.SHUFFLED), 0)
+    heard = [bool(turn.inbox) for each in played for t in each.trajectories.values() for turn in t.turns]
+    assert any(heard) == (other != 0)
 
 
 def test_unknown_players_are_refused(team: GenerativeTeam) -> None:
