@@ -44,7 +44,7 @@ run: $(VENV)/.ready-run
 test: export HF_HUB_OFFLINE := 1
 test: lint $(VENV)/.ready-vllm
 	@$(BIN)/python -c 'import vllm' 2>/dev/null || echo "vLLM is not installed here: its tests are skipped"
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check

@@ -27,7 +27,8 @@ from preconcert.models.vllm_instructions import Row, Spelling, Written, instruct
 from preconcert.models.vllm_settings import VLLMSettings
 
 _log = logging.getLogger(__name__)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
+_FIRST_PAUSE_S, _LONGER, _LONGEST_PAUSE_S = 0.5, 3.0, 60.0
+"""Five retries take a minute: as long as a server that is started again."""
 _TOGETHER = 64
 """Prompts in one request at the most."""
 _AT_ONCE = 64
@@ -211,7 +212,7 @@ class ServerEngine:
             if attempt < self._settings.retries:
                 _log.warning("vLLM at %s is away (%s); asked again in %.2g s", self.url, why, pause)
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                pause = min(_LONGER * pause, _LONGEST_PAUSE_S)
         raise ModelError(f"vLLM at {self.url} is away, and was after {self._settings.retries} retries: {why}")
 
 

@@ -18,9 +18,9 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -138,20 +138,29 @@ def fitted_checkpoint(base: Path, config: PretrainedConfig) -> Path:
         config: its configuration.
     """
     fit = HeadFit.of(config)
-    if fit is None:
-        return base
+    return base if fit is None else _kept(base, fit, fit.checkpoint)
+
+
+def fitted_adapter(adapter: Path, config: PretrainedConfig) -> Path:
+    """The same for an adapter's folder."""
+    fit = HeadFit.of(config)
+    return adapter if fit is None else _kept(adapter, fit, fit.adapter)
+
+
+def _kept(source: Path, fit: HeadFit, write: Callable[[Path, Path], None]) -> Path:
+    """The refitted copy of a folder in the user's cache, made if there is none of this content."""
     digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(path for path in base.iterdir() if path.is_file()):
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
         digest.update(file.name.encode())
         digest.update(hashlib.blake2b(file.read_bytes()).digest())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preconcert" / "vllm"
     target = cache / f"{digest.hexdigest()}-{fit.larger}"
     if not target.is_dir():
-        fit.checkpoint(base, target)
+        write(source, target)
     return target
 
 
-def _copy(source: Path, target: Path, without: set[str], write: Any) -> None:
+def _copy(source: Path, target: Path, without: set[str], write: Callable[[Path], None]) -> None:
     """A folder's other files and what `write` puts beside them, under its name only when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

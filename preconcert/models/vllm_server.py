@@ -22,7 +22,7 @@ import httpx
 
 from preconcert.core import ModelError
 from preconcert.models.adapters import LoraSettings
-from preconcert.models.vllm_heads import HeadFit, fitted_checkpoint
+from preconcert.models.vllm_heads import fitted_adapter, fitted_checkpoint
 from preconcert.models.vllm_model import check_vllm, engine_arguments, environment_of, read_base
 from preconcert.models.vllm_settings import VLLMSettings
 
@@ -73,15 +73,9 @@ def server_command(
     if settings.api_key is not None:
         environment["VLLM_API_KEY"] = settings.api_key
     if adapters:
-        fit = HeadFit.of(config)
-        modules: list[str] = []
-        for name, place in adapters.items():
-            path = Path(place).resolve()
-            if fit is not None:
-                path = Path(tempfile.mkdtemp(prefix="preconcert-adapter-")) / name
-                fit.adapter(Path(place), path)
-            modules.append(json.dumps({"name": name, "path": str(path), "base_model_name": BASE}))
-        command += ["--lora-modules", *modules]
+        paths = {name: fitted_adapter(Path(place).resolve(), config) for name, place in adapters.items()}
+        modules = [{"name": name, "path": str(path), "base_model_name": BASE} for name, path in paths.items()]
+        command += ["--lora-modules", *map(json.dumps, modules)]
     environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return command, environment
 
