@@ -7,6 +7,7 @@ progress to standard error. Whatever the package refuses is one `error:` line an
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -104,6 +105,14 @@ Plan = Annotated[bool, typer.Option("--plan", help="Imagine before acting; plann
 PlannerKind = Annotated[str, typer.Option("--planner", help="The search of --plan: best-of-k, beam or tree.")]
 WorldModelKind = Annotated[
     str, typer.Option("--model", help="What --plan imagines with: token (the run's own), oracle or shuffled.")
+]
+
+
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="PRECONCERT_API_KEY", help="Asked of, or sent with, every request.", show_default=False
+    ),
 ]
 
 
@@ -237,18 +246,35 @@ def evaluate(
 
 @app.command()
 def play(
-    run: RunFolder,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="A finished run's folder; none with --server.", show_default=False),
+    ] = None,
     overrides: PlayOverrides = None,
     seed: Annotated[int, typer.Option(min=0, help="Which held-out instance.")] = 0,
     greedy: Greedy = False,
     plan: Plan = False,
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
+    server: Annotated[
+        str | None,
+        typer.Option("--server", metavar="URL", help="Ask the team of a running `serve`.", show_default=False),
+    ] = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """One held-out episode, as people read it."""
     from preconcert.config import load_run, override_play
 
+    if server is not None:
+        own = ([] if run is None else [str(run)]) + (overrides or [])
+        planned, others = _planned(plan, planner, model, greedy, own)
+        if others:
+            raise ConfigError(f"--server plays what it serves; {others[0]!r} goes to `preconcert serve`")
+        _play_remotely(server, api_key, seed, greedy, planned, as_json)
+        return
+    if run is None:
+        raise ConfigError("play needs a run's folder, or --server URL")
     with _quiet():
         from preconcert.experiments.terminal import episode_view
 
@@ -307,6 +333,61 @@ def watch(
         except OSError as error:
             raise ConfigError(f"{str(file)!r} cannot be written: {error.strerror}") from error
     print(file)
+
+
+@app.command()
+def serve(
+    run: RunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Play otherwise, as for `play`; vllm.KEY=VALUE for vLLM.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    engine: Annotated[str, typer.Option(help="vllm, transformers, or auto: vllm where it is and a GPU too.")] = "auto",
+    api_key: ApiKey = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Open at once.")] = 256,
+    idle: Annotated[float, typer.Option(min=1, help="Seconds until a session nobody asks for is closed.")] = 600,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is told to come again.")] = 120,
+    max_context: Annotated[int, typer.Option(min=8, help="Tokens of prompt and answer.")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 262_144,
+) -> None:
+    """Serve a run's team over HTTP: sessions, agents as OpenAI models, and a page to watch."""
+    from preconcert.config import load_run, override_play, section
+
+    _need_extra("serve", ("fastapi", "uvicorn", "httpx", "prometheus_client"))
+    with _quiet():
+        from preconcert.experiments.live import live_page, live_replay
+        from preconcert.models import VLLMSettings
+        from preconcert.serving.app import Face
+        from preconcert.serving.launch import EngineKind
+        from preconcert.serving.launch import serve as carry_out
+        from preconcert.serving.settings import ServiceSettings
+        from preconcert.serving.team import ServedTeam
+
+        if engine not in list(EngineKind):
+            raise UnknownNameError("engine", engine, [kind.value for kind in EngineKind])
+        own = [each.removeprefix("vllm.") for each in overrides or [] if each.startswith("vllm.")]
+        vllm = section(VLLMSettings, own, "vllm.")
+        recipe = override_play(load_run(run), [each for each in overrides or [] if not each.startswith("vllm.")])
+        settings = ServiceSettings(
+            api_key=api_key,
+            max_sessions=max_sessions,
+            idle_s=idle,
+            timeout_s=timeout,
+            max_context=max_context,
+            max_body=max_body,
+        )
+
+        def face(team: ServedTeam, name: str) -> Face:
+            page = live_page(
+                team.task, list(team.assignment), team.params, name, team.world is not None, api_key is not None
+            )
+            return Face(page, live_replay)
+
+        carry_out(run, recipe, settings, face, EngineKind(engine), vllm, host, port)
 
 
 @app.command()
@@ -591,6 +672,51 @@ def _delete_run(folder: Path) -> None:
     if not (folder / "recipe.json").is_file():
         raise ConfigError(f"{str(folder)!r} is not a run: it has no recipe.json; nothing was deleted")
     shutil.rmtree(folder.resolve())
+
+
+def _need_extra(extra: str, packages: Sequence[str]) -> None:
+    """Is an extra installed?"""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"this needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install 'preconcert[{extra}]'"
+        )
+
+
+def _play_remotely(
+    url: str, api_key: str | None, seed: int, greedy: bool, planned: Planned | None, as_json: bool
+) -> None:
+    """`play` with the turns of a service."""
+    _need_extra("serve", ("httpx",))
+    with _quiet():
+        from preconcert.core import derive_seed
+        from preconcert.experiments.replay import replay_of
+        from preconcert.experiments.terminal import episode_view
+        from preconcert.serving.client import RemoteTeam, ServiceClient
+        from preconcert.training.rollout import EpisodeSpec, rollout
+
+        if planned is not None and planned.world.value != "token":
+            raise ConfigError(f"--model {planned.world.value} is for runs in a folder; a service plans with its own")
+        client = ServiceClient(url, api_key)
+        about = client.get("/v1/agents")
+        if not isinstance(about, dict) or "task" not in about:
+            raise ConfigError(f"what answers at {url} is no preconcert service")
+        spec = EpisodeSpec(about["task"], about["params"], seed, "heldout")
+        team = RemoteTeam(client, [spec], seed, greedy, None if planned is None else planned.settings)
+        try:
+            (episode,) = rollout([spec], team, team.channel, derive_seed(seed, "eval"))
+        finally:
+            team.close()
+            client.close()
+        replay = replay_of(episode)
+    if as_json:
+        how = None if planned is None else {**planned.settings.model_dump(mode="json"), "model": planned.world.value}
+        channel = team.channel.model_dump(mode="json")
+        _print_json({"server": url, "greedy": greedy, "channel": channel, "planner": how, **replay.to_json()})
+    else:
+        console = _console()
+        console.print(episode_view(replay, console.width))
 
 
 def _planned(

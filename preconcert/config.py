@@ -9,18 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from preconcert.core import ConfigError, UnknownNameError, nearest
+from preconcert.core import ConfigError, UnknownNameError, describe, nearest
 from preconcert.envs import TALK_ROUNDS, make_env, task_class, without_rounds
 
 if TYPE_CHECKING:  # it brings torch along, which takes seconds; a misspelt file name is answered at once
     from preconcert.training.recipe import Recipe
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 RECIPE_FILE = "recipe.json"
 """What a run folder keeps its recipe in."""
@@ -93,6 +95,27 @@ def override_play(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return changed
 
 
+def section(model: type[SectionT], overrides: Sequence[str], prefix: str) -> SectionT:
+    """Settings that stand on their own, from overrides alone.
+
+    Args:
+        model: of the settings.
+        overrides: `key=value`, without the prefix.
+        prefix: goes before every key in messages.
+
+    Raises:
+        ConfigError: an unknown key or value.
+    """
+    content: dict[str, Any] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        _set(content, key.split("."), value, key)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(describe(error, model, content, prefix)) from None
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """`dotted.key=value` as key and value.
 
@@ -128,37 +151,6 @@ def check_play(recipe: Recipe) -> None:
             raise ConfigError(describe(error, params, own, "params.")) from None
     env = make_env(recipe.task, recipe.params, 0, "train")
     check_topology(recipe.channel.topology, env, recipe.task)
-
-
-def describe(error: ValidationError, model: type[BaseModel], content: Any, prefix: str = "") -> str:
-    """The first thing that pydantic found, in one line.
-
-    Args:
-        error: what pydantic says.
-        model: what was validated against.
-        content: what was validated.
-        prefix: goes before every key.
-    """
-    errors = error.errors(include_url=False)
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    path = _path(first["loc"], content, first["type"])
-    key = prefix + ".".join(path)
-    value = _short(first.get("input"))
-    kind, context = first["type"], first.get("ctx", {})
-    if kind == "extra_forbidden":
-        return _unknown_key(path, model, prefix, content)
-    if kind == "missing":
-        return f"{key} is missing"
-    siblings = [one for one in errors if _path(one["loc"], content, one["type"]) == path]
-    words = [word for one in siblings for word in re.findall(r"'([^']*)'", str(one.get("ctx", {}).get("expected", "")))]
-    if words:
-        given = first.get("input")
-        hint = nearest(given, words) if isinstance(given, str) else f"known: {', '.join(words)}"
-        return f"unknown {key} {value}; {hint}"
-    wanted = _expected(kind, context)
-    if wanted is not None:
-        return f"{key} = {value}: expected {wanted}"
-    return f"{key + ' = ' + value + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -262,88 +254,6 @@ def _check_names(recipe: Recipe) -> None:
     close = difflib.get_close_matches(name, [STARTER], cutoff=0.5)
     if close and name != STARTER and not Path(name).expanduser().exists():
         raise UnknownNameError("model", name, [STARTER])
-
-
-def _path(loc: Sequence[int | str], content: Any, kind: str) -> list[str]:
-    """The keys of a location, without the tags that pydantic adds for unions."""
-    path: list[str] = []
-    for number, part in enumerate(loc):
-        try:
-            content = content[part]
-        except (KeyError, IndexError, TypeError):
-            if kind != "missing" or number + 1 < len(loc):
-                continue
-        path.append(str(part))
-    return path
-
-
-def _unknown_key(path: Sequence[str], model: type[BaseModel], prefix: str, content: Any) -> str:
-    level: type[BaseModel] | None = model
-    for part in path[:-1]:
-        content = content[part]
-        level = _model_of(level, part, content) if level is not None else None
-    key, name = prefix + ".".join(path), path[-1]
-    known = list(level.model_fields) if level is not None else []
-    before = prefix + "".join(f"{part}." for part in path[:-1])
-    hints = [before + close for close in difflib.get_close_matches(name, known, n=1, cutoff=0.8)]
-    hints += [prefix + full for full in _all_keys(model) if full.rpartition(".")[2] == name]
-    hints += [before + close for close in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
-    hint = f"did you mean {hints[0]!r}?" if hints else f"known: {', '.join(known)}"
-    return f"unknown key {key!r} = {_short(content[name])}; {hint}"
-
-
-def _model_of(model: type[BaseModel], name: str, content: Any = None) -> type[BaseModel] | None:
-    """The model of a field, also where it may be null; of a union of models, the one that the content's `type` says."""
-    field = model.model_fields.get(name)
-    found: Any = field.annotation if field is not None else None
-    if len(get_args(found)) == 2 and type(None) in get_args(found):
-        found = next(member for member in get_args(found) if member is not type(None))
-    if isinstance(content, Mapping) and "type" in content:
-        for member in get_args(found):
-            kind = getattr(member, "model_fields", {}).get("type")
-            if kind is not None and kind.default == content["type"]:
-                found = member
-    return found if isinstance(found, type) and not get_args(found) and issubclass(found, BaseModel) else None
-
-
-def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name in model.model_fields:
-        yield prefix + name
-        inner = _model_of(model, name)
-        if inner is not None:
-            yield from _all_keys(inner, f"{prefix}{name}.")
-
-
-_BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-}
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite": "a finite number",
-    "bool": "true or false",
-    "string": "a text",
-    "tuple": "a list",
-    "list": "a list",
-    "dict": "a mapping of keys",
-    "mapping": "a mapping of keys",
-    "model": "a mapping of keys",
-}
-
-
-def _expected(kind: str, context: Mapping[str, Any]) -> str | None:
-    if kind in _BOUNDS:
-        key, words = _BOUNDS[kind]
-        return f"{words} {context[key]:g}"
-    return _KINDS.get(kind.partition("_")[0])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _listed(names: Sequence[str]) -> str:

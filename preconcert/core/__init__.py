@@ -23,6 +23,7 @@ from preconcert.core.foresight import ImaginedStep, Judgement, Outcome, Planner,
 from preconcert.core.intention import Forecast, Intention
 from preconcert.core.language import Slot, TaskLanguage, Truth
 from preconcert.core.message import Delivery, Fate, Latent, Message
+from preconcert.core.misfit import Misfit, describe
 from preconcert.core.observation import Observation, StepResult
 from preconcert.core.protocols import Codec, Env, Located, Player, Policy, TurnRequest
 from preconcert.core.rehearsal import Rehearsing
@@ -41,9 +42,9 @@ from preconcert.core.view import View, ViewField
 __all__ = [
     "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "Env", "EnvError", "Episode", "Fate",
     "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Located", "Message",
-    "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError", "Rehearsing",
-    "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage",
-    "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View", "ViewField",
-    "WorldModel", "append_episodes", "derive_seed", "dump_episode", "keep_episodes_before", "load_episodes", "nearest",
-    "parse_episode", "uniforms",
+    "Misfit", "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError",
+    "Rehearsing", "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes",
+    "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View",
+    "ViewField", "WorldModel", "append_episodes", "derive_seed", "describe", "dump_episode", "keep_episodes_before",
+    "load_episodes", "nearest", "parse_episode", "uniforms",
 ]

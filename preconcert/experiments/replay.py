@@ -50,7 +50,9 @@ class Guess:
     about: str
     actions: tuple[str, ...]
     real: tuple[str, ...]
-    right: bool
+    """As far as it is known."""
+    right: bool | None
+    """None while that is not known."""
     known: bool
     """Had the other been seen or heard? Otherwise the guess is in the dark and counts in no measure."""
     probability: float
@@ -118,8 +120,13 @@ class Replay:
         return asdict(self)
 
 
-def replay_of(episode: Episode) -> Replay:
-    """An episode, step by step. Its environment is played through once more for the board."""
+def replay_of(episode: Episode, running: bool = False) -> Replay:
+    """An episode, step by step. Its environment is played through once more for the board.
+
+    Args:
+        episode: what was played.
+        running: it goes on; what was foretold of steps that nobody has taken is neither right nor wrong yet.
+    """
     env = make_env(episode.task, episode.params, episode.seed, episode.split)
     draw: Callable[[], list[str]] | None = getattr(env, "board", None)
     env.reset()
@@ -127,7 +134,7 @@ def replay_of(episode: Episode) -> Replay:
     agents = tuple(episode.trajectories)
     for step in range(episode.steps + 1):
         over = step == episode.steps
-        views = () if over else tuple(_view(episode, agent, step, env) for agent in agents)
+        views = () if over else tuple(_view(episode, agent, step, env, running) for agent in agents)
         board = tuple(str(row) for row in draw()) if draw is not None else ()
         frames.append(Frame(step, board, episode.states[step], views))
         if not over:
@@ -210,15 +217,15 @@ def write_page(path: Path, html: str) -> None:
     os.replace(beside, path)
 
 
-def _view(episode: Episode, agent: str, step: int, env: Env) -> View:
+def _view(episode: Episode, agent: str, step: int, env: Env, running: bool) -> View:
     mine = episode.trajectories[agent]
     turn = mine.turns[step]
     return View(
         agent=agent,
         saw=turn.observation.text,
         heard=tuple(Heard(message.sender, message.payload) for message in turn.inbox),
-        intends=tuple(_guesses(episode, turn, step)),
-        foresees=tuple(_foreseen(episode, turn, step, env)),
+        intends=tuple(_guesses(episode, turn, step, running)),
+        foresees=tuple(_foreseen(episode, turn, step, env, running)),
         says=turn.message.payload if turn.message is not None else None,
         bits=turn.message.bits if turn.message is not None else None,
         does=turn.action,
@@ -228,20 +235,22 @@ def _view(episode: Episode, agent: str, step: int, env: Env) -> View:
     )
 
 
-def _guesses(episode: Episode, turn: Turn, step: int) -> list[Guess]:
+def _guesses(episode: Episode, turn: Turn, step: int, running: bool) -> list[Guess]:
     guesses: list[Guess] = []
     for intention in turn.intentions:
         theirs = episode.trajectories[intention.about].turns
         real = tuple(
             theirs[later].action if later < len(theirs) else END_OF_PLAY
             for later in range(step, step + len(intention.actions))
+            if later < len(theirs) or not running
         )
+        open_yet = len(real) < len(intention.actions) and intention.actions[: len(real)] == real
         guesses.append(
             Guess(
                 intention.about,
                 intention.actions,
                 real,
-                intention.actions == real,
+                None if open_yet else intention.actions == real,
                 perceived(turn, intention.about),
                 intention.probability,
             )
@@ -249,7 +258,7 @@ def _guesses(episode: Episode, turn: Turn, step: int) -> list[Guess]:
     return guesses
 
 
-def _foreseen(episode: Episode, turn: Turn, step: int, env: Env) -> list[Foreseen]:
+def _foreseen(episode: Episode, turn: Turn, step: int, env: Env, running: bool) -> list[Foreseen]:
     if turn.forecast is None:
         return []
     mine = episode.trajectories[turn.agent]
@@ -263,5 +272,6 @@ def _foreseen(episode: Episode, turn: Turn, step: int, env: Env) -> list[Foresee
         found.append(Foreseen("reward", turn.forecast.reward, came, turn.forecast.reward == came))
     if turn.forecast.done is not None:
         words = ("no", "yes")
-        found.append(Foreseen("done", words[turn.forecast.done], words[last], turn.forecast.done == last))
+        over = last and not running
+        found.append(Foreseen("done", words[turn.forecast.done], words[over], turn.forecast.done == over))
     return found

@@ -326,7 +326,8 @@ def _view(view: View, number: int, more: bool) -> RenderableType:
         for guess in view.intends:
             text.append("; " if text else "")
             text.append(f"{guess.about} will {', '.join(guess.actions)}")
-            text.append(" ✓" if guess.right else f" ✗ did {', '.join(guess.real)}", style=_verdict(guess.right))
+            if guess.right is not None:
+                text.append(" ✓" if guess.right else f" ✗ did {', '.join(guess.real)}", style=_verdict(guess.right))
             text.append("" if guess.known else " (neither seen nor heard)", style="dim")
         lines.add_row("intends", text)
     if view.foresees:

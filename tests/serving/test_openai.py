@@ -1,0 +1,57 @@
+"""Agents as models for an unmodified OpenAI client."""
+
+from __future__ import annotations
+
+import pytest
+
+from preconcert.core import derive_seed
+from preconcert.models import TransformersModel
+from preconcert.models.language_model import GenerateRequest
+
+openai = pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def client(url: str):  # type: ignore[no-untyped-def]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_agents_are_models(client) -> None:  # type: ignore[no-untyped-def]
+    assert [model.id for model in client.models.list()] == ["agent_0", "agent_1"]
+
+
+def test_completions_are_what_the_model_writes(client, model: TransformersModel) -> None:  # type: ignore[no-untyped-def]
+    prompt = "left 3 row 0 col 2"
+    ids = tuple(model.tokenizer.encode(prompt, add_special_tokens=False))
+    for agent in ("agent_0", "agent_1"):
+        answer = client.completions.create(model=agent, prompt=prompt, max_tokens=8, seed=5, n=2, logprobs=0)
+        wanted = model.generate([GenerateRequest(ids, derive_seed(5, n), agent, max_tokens=8) for n in range(2)])
+        for choice, one in zip(answer.choices, wanted, strict=True):
+            assert choice.text == model.tokenizer.decode(list(one.ids), skip_special_tokens=True)
+            assert choice.logprobs.token_logprobs == pytest.approx(one.logprobs, abs=1e-4)
+        assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_chats_and_streams(client) -> None:  # type: ignore[no-untyped-def]
+    messages = [{"role": "user", "content": "row 0 col 2"}]
+    whole = client.chat.completions.create(model="agent_1", messages=messages, max_tokens=8, seed=1)
+    parts = list(client.chat.completions.create(model="agent_1", messages=messages, max_tokens=8, seed=1, stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    texts = client.completions.create(model="agent_1", prompt="row 0", max_tokens=6, seed=1, stream=True)
+    plain = client.completions.create(model="agent_1", prompt="row 0", max_tokens=6, seed=1)
+    assert "".join(part.choices[0].text for part in texts) == plain.choices[0].text
+
+
+def test_what_is_refused_is_named(client) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(openai.NotFoundError, match="did you mean 'agent_0'"):
+        client.completions.create(model="agent0", prompt="row")
+    with pytest.raises(openai.UnprocessableEntityError, match="top_p"):
+        client.completions.create(model="agent_0", prompt="row", top_p=0.5)
+    with pytest.raises(openai.UnprocessableEntityError, match="limit of"):
+        client.completions.create(model="agent_0", prompt="row " * 1000)
+    with pytest.raises(openai.UnprocessableEntityError, match="unknown key 'vllm_xargs'"):
+        client.completions.create(model="agent_0", prompt="row", extra_body={"vllm_xargs": {"a": "b"}})
+    with pytest.raises(openai.UnprocessableEntityError, match="temperature"):
+        client.completions.create(model="agent_0", prompt="row", temperature=-1)
