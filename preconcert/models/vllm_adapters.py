@@ -219,10 +219,11 @@ class AdapterStore:
             self._drop(held)
 
     def _drop(self, held: _Held) -> None:
+        if held.folder is None:
+            return  # it was there before us, and others may use it
         self._engine.unload(held.inner)
-        if held.folder is not None:
-            shutil.rmtree(held.folder, ignore_errors=True)
-            shutil.rmtree(held.folder.with_name(held.folder.name + "-fitted"), ignore_errors=True)
+        shutil.rmtree(held.folder, ignore_errors=True)
+        shutil.rmtree(held.folder.with_name(held.folder.name + "-fitted"), ignore_errors=True)
 
     def _new_folder(self) -> Path:
         return Path(self._workspace.name) / str(next(self._count))
