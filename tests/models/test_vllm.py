@@ -45,13 +45,12 @@ KINDS = ("embedded", "server")
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("vllm")
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
-    yield root
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # What vLLM knows of model classes may stay where it is: to find it out takes as long as to start an engine.
+        patch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT") or str(cache / "vllm"))
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        yield root
 
 
 @pytest.fixture(scope="session")
