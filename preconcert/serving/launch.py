@@ -1,6 +1,6 @@
 """`preconcert serve`: the engine, the service in front of it, and an orderly end.
 
-Parts: `EngineKind`, `pick_engine`, `serve`.
+Parts: `EngineKind`, `pick_engine`, `start_vllm_engine`, `serve`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def serve(
     kind, why = pick_engine(engine)
     say(f"engine: {kind.value} ({why})")
     metrics = Metrics()
+    writer: Writer
     writer, model = (
-        _vllm(run, recipe, vllm or VLLMSettings(), settings, metrics, say)
+        start_vllm_engine(run, recipe, vllm or VLLMSettings(), settings, metrics, say)
         if kind is EngineKind.VLLM
         else _embedded(run, recipe, settings, metrics)
     )
@@ -123,14 +124,27 @@ def _embedded(
     return Embedded(), shared(model, settings.max_context, meter=metrics.model_call)
 
 
-def _vllm(
+def start_vllm_engine(
     run: Path,
     recipe: Recipe,
     vllm: VLLMSettings,
     settings: ServiceSettings,
     metrics: Metrics,
     say: Callable[[str], None],
-) -> tuple[Writer, SharedModel]:
+) -> tuple[Supervised, SharedModel]:
+    """A vLLM server on a run's base and adapters, looked after, and the model that writes with it.
+
+    Args:
+        run: its folder.
+        recipe: its recipe.
+        vllm: how vLLM is run.
+        settings: limits of the service.
+        metrics: receives what is counted.
+        say: told how things stand.
+
+    Raises:
+        PreconcertError: vLLM is not installed, or does not start.
+    """
     if vllm.url is not None:
         raise ConfigError(f"vllm.url = {vllm.url!r}: the service starts a vLLM server of its own")
     adapters = _adapters(run)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -62,6 +63,13 @@ class _Call:
     answer: Future[Any] = field(default_factory=Future)
 
 
+_LINGER = 0.25
+"""Share of a call's usual time for which those are waited for who were there last time."""
+_LONGEST_LINGER_S = 0.05
+_PAUSES = 4
+"""And no longer than this part of it without anybody coming."""
+
+
 Meter = Callable[[int, float, int], None]
 """Told of every call of the inner model: rows, seconds, new tokens."""
 
@@ -94,6 +102,10 @@ class SharedModel:
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._closed = False
         self._taking = threading.Lock()
+        self._usual_s = 0.0
+        """What a call takes, as a running mean."""
+        self._answered: deque[tuple[float, int]] = deque(maxlen=64)
+        """When calls of the model began, and how many callers each had."""
         self._threads = [
             threading.Thread(target=self._work, name=f"model-{number}", daemon=True) for number in range(workers)
         ]
@@ -192,9 +204,7 @@ class SharedModel:
         """Take all that waits, put equal kinds into one call, go on until told to stop."""
         while True:
             with self._taking:
-                waiting: list[_Call | None] = [self._queue.get()]
-                while waiting[-1] is not None and not self._queue.empty():
-                    waiting.append(self._queue.get())
+                waiting = self._taken()
             calls = [call for call in waiting if call is not None]
             for kind in dict.fromkeys(call.kind for call in calls if call.batched):
                 self._answer(kind, [call for call in calls if call.batched and call.kind == kind])
@@ -204,7 +214,26 @@ class SharedModel:
             if None in waiting:
                 return
 
+    def _taken(self) -> list[_Call | None]:
+        """All that waits, and those who are about to: whoever plays on asks again shortly after an answer, and a batch
+        of one takes as long as one of all. Whoever is alone is never kept waiting."""
+        waiting = [self._queue.get()]
+        began = last = time.perf_counter()
+        window = max(0.05, 3 * self._usual_s)
+        company = sum(callers for when, callers in list(self._answered) if began - when < window)
+        patience = min(_LONGEST_LINGER_S, _LINGER * self._usual_s)
+        while waiting[-1] is not None:
+            until = min(began + patience, last + patience / _PAUSES) if len(waiting) < company else 0.0
+            left = until - time.perf_counter()
+            try:
+                waiting.append(self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait())
+            except queue.Empty:
+                break
+            last = time.perf_counter()
+        return waiting
+
     def _answer(self, kind: str, calls: Sequence[_Call]) -> None:
+        self._answered.append((time.perf_counter(), len(calls)))
         if len(calls) == 1:
             _settle(calls[0], partial(self._patiently, kind, calls[0].requests))
             return
@@ -230,9 +259,11 @@ class SharedModel:
                 if self._engine is None or not self._engine.recovered(starts):
                     raise
                 continue
+            took = time.perf_counter() - began
+            self._usual_s += 0.2 * (took - self._usual_s)
             if self.meter is not None:
                 new = sum(len(answer.ids) for answer in answers) if kind == "generate" else 0
-                self.meter(len(requests), time.perf_counter() - began, new)
+                self.meter(len(requests), took, new)
             return answers
 
 
