@@ -162,7 +162,7 @@ class Player:
 
     async def ask(self, method: str, path: str, body: Any, wanted: int) -> Any:
         """An answer; 503 and broken connections are asked again, as the service says."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while True:
             answer = await self.http.request(method, path, json=body)
             self.tally.statuses[answer.status_code] += 1
@@ -171,7 +171,7 @@ class Player:
                     self.tally.fail(f"{answer.status_code} without Retry-After: {answer.text}")
                 self.tally.again += 1
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{path} is refused for four minutes: {answer.text}")
+                    raise TimeoutError(f"{path} is refused for a quarter of an hour: {answer.text}")
                 await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
                 continue
             if answer.status_code != wanted:

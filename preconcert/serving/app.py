@@ -166,6 +166,8 @@ def create_app(
         finally:
             service.closing = True
             watching.cancel()
+            if not service.writer.ready:
+                service.writer.give_up()
             await service.sessions.finish()
             await asyncio.to_thread(team.model.close)
             await asyncio.to_thread(service.writer.close)

@@ -18,7 +18,7 @@ from preconcert.serving.errors import EngineDownError
 _LOG = logging.getLogger("preconcert.serving")
 _LOOK_S = 0.5
 """How often the server is looked after."""
-_UNWELL = 4
+_UNWELL = 12
 """Looks in a row at which a server that runs does not say that it is well, until it counts as dead."""
 
 
@@ -35,6 +35,10 @@ class Writer(Protocol):
         """Can turns be written now?"""
         ...
 
+    def give_up(self) -> None:
+        """Keep nobody waiting who waits for it to come back."""
+        ...
+
     def close(self) -> None:
         """Let it go."""
         ...
@@ -47,6 +51,9 @@ class Embedded:
     url: str | None = None
     ready = True
 
+    def give_up(self) -> None:
+        """It is never away."""
+
     def close(self) -> None:
         """Nothing to let go."""
 
@@ -56,14 +63,14 @@ class Supervised:
 
     Args:
         server: which has been started.
-        patience_s: how long a request waits for it to come back.
+        patience_s: how long a turn waits for it to come back. Whoever asked for it has been told to ask again by then.
         on_restart: told whenever it was started again.
     """
 
     name = "vllm"
 
     def __init__(
-        self, server: VLLMServer, patience_s: float = 90.0, on_restart: Callable[[], None] = lambda: None
+        self, server: VLLMServer, patience_s: float = 900.0, on_restart: Callable[[], None] = lambda: None
     ) -> None:
         self.server = server
         self.url: str | None = server.url
@@ -106,10 +113,14 @@ class Supervised:
                         raise EngineDownError(f"vLLM is away, and did not come back within {self._patience_s:g} s")
         return True
 
-    def close(self) -> None:
-        """End the server."""
+    def give_up(self) -> None:
+        """Keep nobody waiting who waits for it to come back."""
         self._closing.set()
         self._look.set()
+
+    def close(self) -> None:
+        """End the server."""
+        self.give_up()
         self._thread.join(timeout=60)
         self.server.stop()
 

@@ -160,7 +160,7 @@ def start_vllm_engine(
     server = VLLMServer(base, recipe.lora, adapters, recipe.dtype, own)
     say(f"vLLM starts; its log: {server.log}")
     server.start()
-    writer = Supervised(server, settings.timeout_s, metrics.restarts.inc)
+    writer = Supervised(server, on_restart=metrics.restarts.inc)
     try:
         there = own.model_copy(update={"url": server.url, "retries": 0, "timeout_s": settings.timeout_s})
         spoken = load_model(recipe, run, run / "adapters") if latent else None

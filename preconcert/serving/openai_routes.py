@@ -8,6 +8,7 @@ model answers; a stream then comes token by token after all of them have been wr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -329,8 +330,12 @@ class _Passed:
                 why = _said(answer)
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__} {error}".strip()
-            again = isinstance(self.writer, Supervised) and await asyncio.to_thread(self.writer.recovered, starts)
-            if not again or time.monotonic() > deadline:
+            again = False
+            if isinstance(self.writer, Supervised):
+                waits = asyncio.to_thread(self.writer.recovered, starts)
+                with contextlib.suppress(TimeoutError):
+                    again = await asyncio.wait_for(waits, max(0.0, deadline - time.monotonic()))
+            if not again:
                 raise ServiceError(
                     503, "engine_down", f"vLLM gave no answer: {why}", retry_after=self.settings.retry_after_s
                 )
