@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from jinja2.exceptions import TemplateError
 
 from preconcert.agents import ChannelSettings
@@ -148,3 +150,30 @@ def test_an_exported_tokenizer_trains_as_its_original(spelling: str) -> None:
         agent, observation, (), env.agents[1:]
     )
     assert chat_template(again, env.agents) == dressed.chat_template
+
+
+TEMPLATES = sorted(
+    file.stem for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja") if "training" not in file.stem
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_of_well_known_models(name: str) -> None:
+    """Whatever a base's own template does, it does the same inside of an export's."""
+    env = make_env("rendezvous", {}, 0)
+    plain, dressed = build_chat_tokenizer(), build_chat_tokenizer()
+    plain.bos_token = dressed.bos_token = "<|endoftext|>"
+    plain.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    turns = TurnFormat(plain, env.language, SpanSettings(), memory=1)
+    observation = env.reset()["agent_1"]
+    chat = turns.chat("agent_1", observation, (), ("agent_0",), ("north",))
+    try:
+        wanted = turns.chat_text(chat)
+    except (TemplateError, TypeError) as error:
+        pytest.skip(f"takes no such chat itself: {error}")
+    dressed.chat_template = plain.chat_template
+    dressed.chat_template = chat_template(TurnFormat(dressed, env.language, SpanSettings(), memory=1), env.agents)
+    assert dressed.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == wanted
+    named = [{"role": "system", "content": "agent_1"}, chat[1]]
+    assert dressed.apply_chat_template(named, tokenize=False, add_generation_prompt=True) == wanted
+    assert own_template(dressed) == plain.chat_template.removesuffix("\n")
