@@ -2,14 +2,23 @@
 
 Tokens stand there by their numbers (`Token(17)`), so that the same token sequences pass as here, whatever the
 tokenizer; over characters, a word that begins with another one could be broken off. Parts: `ebnf`.
+
+xgrammar (0.2.8) keeps what it computed for a rule and takes it for every rule of the same form, without looking at the
+tokens' numbers: the second grammar of a server would be enforced with the first one's words. A rule's form includes the
+rules that it leads to, so every grammar ends in a mark of its own: an alternative to the end that no model takes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 
 from preconcert.core import GrammarError
 from preconcert.prompts.automaton import Automaton
+
+MARK = "\U0010fffd"
+"""A character that is in no vocabulary: at the most its first byte is, in those that have all bytes."""
 
 
 def ebnf(automaton: Automaton, eos: int) -> str:
@@ -22,6 +31,8 @@ def ebnf(automaton: Automaton, eos: int) -> str:
     Raises:
         GrammarError: a sequence ends without it.
     """
+    content = json.dumps([sorted(row.items()) for row in automaton.transitions])
+    own = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
     lines = ["root ::= s0"]
     for state, transitions in enumerate(automaton.transitions):
         if automaton.is_final(state):
@@ -34,7 +45,7 @@ def ebnf(automaton: Automaton, eos: int) -> str:
             if automaton.is_final(target):
                 if tokens != [eos]:
                     raise GrammarError(f"token {tokens[0]} ends a sequence, which only {eos} may")
-                options.append('""')
+                options += ['""', f'"{MARK}{own}"']
             else:
                 options.append(f"Token({', '.join(map(str, tokens))}) s{target}")
         lines.append(f"s{state} ::= {' | '.join(options)}")
