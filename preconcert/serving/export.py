@@ -8,7 +8,8 @@
     export.json           what was exported, and how prompts were checked
 
 The tokenizer's chat template writes the prompts that the team was trained on (`prompts/chat_template.py`). That is
-tried out on real episodes with the exported files, and the export fails where one token differs. Parts: `check_export`,
+tried out on real episodes with the exported files, and the export fails where one token differs. Attention heads that
+are too small for vLLM are put into larger ones that compute the same. Parts: `check_export`,
 `export_run` and `check_prompts`. The card, and the record that it is written from, are in `model_card.py`.
 """
 
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from preconcert import __version__
 from preconcert.agents import Context, GenerativeTeam
 from preconcert.core import ConfigError, Env, Episode, ModelError, Move, SpanKind, Turn, derive_seed
 from preconcert.envs import make_env
 from preconcert.models import GenerateRequest, TransformersModel
+from preconcert.models.vllm_heads import HeadFit
 from preconcert.prompts import TurnFormat, chat_template, ebnf, turn_pieces
 from preconcert.serving.model_card import Export, ExportedAdapter, Kind, Spoken, model_card
 from preconcert.training.json_file import write_json
@@ -45,7 +48,7 @@ from preconcert.training.world_stage import load_world_model
 
 MANIFEST = "export.json"
 EPISODES = 16
-"""Held-out episodes that prompts are checked on; the first is the card's example."""
+"""Held-out episodes that prompts are checked on."""
 _NOT_COPIED = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "README", ".")
 """Beginnings of files that a checkpoint's folder may hold besides the model."""
 _WEIGHTS = (".safetensors", ".bin")
@@ -58,6 +61,7 @@ def export_run(
     evaluation: Mapping[str, Any] | None = None,
     force: bool = False,
     reporter: Reporter | None = None,
+    episodes: int = EPISODES,
 ) -> Path:
     """Write the folder beside its place and rename it.
 
@@ -67,6 +71,7 @@ def export_run(
         evaluation: what `preconcert eval --json` prints of the run; None leaves the table out.
         force: replace an export that is there.
         reporter: receives progress.
+        episodes: how many held-out ones are played, to check prompts on; the first is the card's example.
 
     Returns:
         The folder.
@@ -81,7 +86,7 @@ def export_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        found = _write(run, recipe, beside, reporter)
+        found = _write(run, recipe, beside, reporter, episodes)
         (beside / "README.md").write_text(model_card(found, evaluation), encoding="utf-8")
         write_json(beside / MANIFEST, _manifest(found))
         beside.chmod(0o755)
@@ -116,7 +121,7 @@ def _put(beside: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _write(run: Path, recipe: Recipe, folder: Path, reporter: Reporter) -> Export:
+def _write(run: Path, recipe: Recipe, folder: Path, reporter: Reporter, count: int) -> Export:
     """Everything but the card and the manifest."""
     reporter.stage("export", 4)
     env = make_env(recipe.task, recipe.params, 0, "heldout")
@@ -127,17 +132,25 @@ def _write(run: Path, recipe: Recipe, folder: Path, reporter: Reporter) -> Expor
     hub = not Path(source).expanduser().is_dir()
     tokenizer_folder = "tokenizer" if hub else "base"
     base = str(source) if hub else "base"
+    fit, refused = _head_fit(model, hub)
     if not hub:
         _copy_checkpoint(Path(source).expanduser(), folder / "base")
+    if fit is not None:
+        fit.checkpoint(folder / "base", folder / "refitted")
+        shutil.rmtree(folder / "base")
+        os.replace(folder / "refitted", folder / "base")
     dressed = copy.deepcopy(model.tokenizer)
     dressed.chat_template = chat_template(team.format, env.agents, recipe.agent.context is Context.TRANSCRIPT)
     dressed.save_pretrained(folder / tokenizer_folder)
     longest = _write_grammars(team.format, env, folder / "grammars")
     _generation_config(model, longest).save_pretrained(folder / tokenizer_folder)
     reporter.advance(1, "base and tokenizer")
-    adapters = _adapters(run, recipe, assignment, folder / "adapters", base, _revision(model) if hub else None)
+    adapters = _adapters(run, recipe, assignment, folder / "adapters", fit)
+    for adapter in adapters:
+        file = folder / "adapters" / adapter.name / "adapter_config.json"
+        _name_base(file, base, _revision(base) if hub else None)
     reporter.advance(2, "adapters")
-    seeds = [derive_seed(0, "eval", number) % 2**31 for number in range(EPISODES)]  # those that `preconcert eval` plays
+    seeds = [derive_seed(0, "eval", number) % 2**31 for number in range(count)]  # those that `preconcert eval` plays
     episodes = _play(team, recipe, seeds)
     loose = recipe.agent.model_copy(update={"constrained": False})
     free = _play(GenerativeTeam(model, env.language, loose, assignment), recipe, seeds)
@@ -154,6 +167,8 @@ def _write(run: Path, recipe: Recipe, folder: Path, reporter: Reporter) -> Expor
         base=base,
         tokenizer=tokenizer_folder,
         hub=hub,
+        refitted=fit is not None,
+        refused=refused,
         longest=longest,
         shape=shape,
         words=words,
@@ -171,9 +186,13 @@ def _copy_checkpoint(source: Path, folder: Path) -> None:
     """The files of a checkpoint; without those that only training reads, and without a second format of weights."""
     files = [file for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(_NOT_COPIED)]
     formats = [suffix for suffix in _WEIGHTS if any(file.suffix == suffix for file in files)]
-    folder.mkdir()
+    _copy_files([file for file in files if file.suffix in _DESCRIBES or file.suffix == formats[0]], folder)
+
+
+def _copy_files(files: Sequence[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
     for file in files:
-        if file.suffix in _DESCRIBES or file.suffix == formats[0]:
+        if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
@@ -229,15 +248,35 @@ def _grammar(format: TurnFormat, env: Env) -> tuple[str, dict[str, tuple[str, ..
     return shape.strip(), words
 
 
-def _revision(model: TransformersModel) -> str | None:
-    """The hub's commit, where it is known."""
-    return getattr(model.base.config, "_commit_hash", None)
+def _revision(name: str) -> str | None:
+    """The hub's commit that was loaded, where its cache knows."""
+    file = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    return Path(file).parent.name if file else None
+
+
+def _head_fit(model: TransformersModel, hub: bool) -> tuple[HeadFit | None, str | None]:
+    """What is to be done to the attention heads for vLLM; where nothing can be done about them, why it refuses."""
+    try:
+        fit = HeadFit.of(model.base.config)
+    except ModelError as error:
+        return None, str(error)
+    if fit is not None and hub:
+        return None, f"its attention heads of {fit.size} numbers are smaller than the {fit.larger} that it begins at"
+    return fit, None
+
+
+def _name_base(file: Path, base: str, revision: str | None) -> None:
+    """Say in an adapter's configuration which model it is for."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    config["revision"] = revision
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _adapters(
-    run: Path, recipe: Recipe, assignment: Mapping[str, str], folder: Path, base: str, revision: str | None
+    run: Path, recipe: Recipe, assignment: Mapping[str, str], folder: Path, fit: HeadFit | None
 ) -> tuple[ExportedAdapter, ...]:
-    """Copy all adapters of a run, with the base that they are for."""
+    """Copy all adapters of a run, refitted to the base's heads where those were."""
     sources = {path.name: path for path in _folders(run / "adapters")}
     sources |= {path.name: path for path in _folders(run / LEAGUE)}
     if recipe.world_model is not None:
@@ -246,15 +285,12 @@ def _adapters(
     found: list[ExportedAdapter] = []
     for name, source in sources.items():
         target = folder / name
-        target.mkdir(parents=True)
-        for each in sorted(source.iterdir()):
-            if each.is_file():
-                shutil.copyfile(each, target / each.name)
-        file = target / "adapter_config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = base
-        config["revision"] = revision
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if fit is not None:
+            fit.adapter(source, target)
+        else:
+            _copy_files(sorted(source.iterdir()), target)
+        for each in target.iterdir():
+            each.chmod(0o644)
         agents = tuple(agent for agent, adapter in assignment.items() if adapter == name)
         kind = Kind.AGENT if agents else Kind.WORLD if name == WORLD else Kind.LEAGUE
         found.append(ExportedAdapter(name, kind, agents, (target / "latent_codec.json").is_file()))
@@ -373,5 +409,5 @@ def _manifest(found: Export) -> dict[str, Any]:
         "agent": recipe.agent.model_dump(mode="json"),
         "channel": recipe.channel.model_dump(mode="json"),
         "prompts": dict(found.checked),
-        "without_the_grammar": {"episodes": EPISODES, "malformed_rate": found.free.malformed_rate},
+        "without_the_grammar": {"episodes": found.free.episodes, "malformed_rate": found.free.malformed_rate},
     }

@@ -20,7 +20,7 @@ from preconcert.training.measures import Measures
 from preconcert.training.recipe import Recipe
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
 
@@ -75,6 +75,10 @@ class Export:
     """The folder with the tokenizer."""
     hub: bool
     """Is the base on the hub?"""
+    refitted: bool
+    """Were its attention heads put into larger ones?"""
+    refused: str | None
+    """Why vLLM does not take it, if so."""
     longest: int
     """Tokens of the longest turn."""
     shape: str
@@ -116,6 +120,7 @@ def model_card(found: Export, evaluation: Mapping[str, Any] | None) -> str:
         recipe=found.recipe,
         params=", ".join(f"{key} {value}" for key, value in found.recipe.params.items()),
         agents=found.agents,
+        parts=_parts(found.recipe),
         adapters=found.adapters,
         played=played,
         past=[each.name for each in found.adapters if each.kind is Kind.LEAGUE],
@@ -129,6 +134,15 @@ def model_card(found: Export, evaluation: Mapping[str, Any] | None) -> str:
         evaluation=evaluation,
         figure=_figure,
     )
+
+
+def _parts(recipe: Recipe) -> str:
+    """What a turn says, in words."""
+    spans = recipe.agent.spans
+    parts = ["what it expects each of the others to do (`<intend>`)"] if spans.intend else []
+    parts += ["what it expects to see (`<foresee>`)"] if spans.foresee else []
+    parts += ["what it tells the others (`<say>`)"] if spans.say else []
+    return ", ".join(parts) + (", and " if parts else "") + "what it does (`<act>`)"
 
 
 def _metadata(found: Export, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
