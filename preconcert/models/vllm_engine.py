@@ -145,9 +145,10 @@ class _Driver:
         if self.dead is not None:
             self._fail(self.dead)
 
-    def lora(self, name: str, number: int, path: Path) -> None:
-        """Make an adapter known; it is read when the first request asks for it."""
-        self._loras[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+    def lora(self, name: str, number: int, path: Path) -> LoRARequest:
+        """Make an adapter known; it is read, at the latest, when the first request asks for it."""
+        request = self._loras[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+        return request
 
     def forget(self, name: str) -> None:
         """Take an adapter away."""
@@ -345,10 +346,26 @@ class EmbeddedEngine:
         raise AssertionError("unreachable")
 
     def load(self, name: str, path: Path) -> None:
-        """Make an adapter known under a name that was never used before."""
+        """Read an adapter under a name that was never used before.
+
+        Raises:
+            ModelError: vLLM cannot use it, or does not answer in time.
+        """
         with self._lock:
+            driver = self._driver
             self._adapters[name] = (next(self._numbers), path)
-            self._driver.lora(name, *self._adapters[name])
+            request = driver.lora(name, *self._adapters[name])
+            call = _Call(work=lambda engine: engine.add_lora(request))
+            driver.submit(call)
+            try:
+                call.answer.result(self._timeout_s)
+            except EngineDiedError:
+                self._replace(driver)  # the new one has it from the start
+            except Exception as error:
+                del self._adapters[name]
+                raise ModelError(
+                    f"vLLM cannot use adapter {name!r}: {type(error).__name__}: {first_line(error)}"
+                ) from error
 
     def unload(self, name: str) -> None:
         """Forget an adapter."""

@@ -327,7 +327,10 @@ class Dicing:
                 groups.setdefault(id(row.grammar), []).append(number)
         for members in groups.values():
             mine = [self.rows[places[number]] for number in members]
-            tokens[members], logprobs[members], seen = self._draw(logits[[places[n] for n in members]], mine)
+            at = torch.tensor([places[number] for number in members], device=logits.device)
+            # Of a grammar's rows only its tokens' columns are looked at: a vocabulary can be large.
+            part = logits[at] if mine[0].grammar is None else logits[at[:, None], mine[0].grammar.columns]
+            tokens[members], logprobs[members], seen = self._draw(part, mine)
             watched += [(places[members[index]], ids, values) for index, ids, values in seen]
         at = torch.tensor(places, device=logits.device)
         picked = torch.from_numpy(tokens).to(logits.device)
@@ -356,13 +359,17 @@ class Dicing:
             values[place, count + 1 :] = values[place, 0]
 
     def _draw(
-        self, logits: Float[Tensor, "rows vocabulary"], rows: Sequence[DiceRow]
+        self, logits: Float[Tensor, "rows columns"], rows: Sequence[DiceRow]
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, Tensor, Tensor]]]:
-        """Tokens and log-probabilities of rows of one grammar, and the distributions that are watched."""
+        """Tokens and log-probabilities of rows of one grammar, and the distributions that are watched.
+
+        Args:
+            logits: of the grammar's tokens; of the whole vocabulary where there is none.
+            rows: alike in grammar.
+        """
         grammar = rows[0].grammar
         allowed = None
         if grammar is not None:
-            logits = logits[:, grammar.columns]
             allowed = grammar.allowed[torch.tensor([row.state for row in rows], device=logits.device)]
         logits = logits.float()
         seeds = np.array([row.seed for row in rows], dtype=np.uint64)

@@ -531,12 +531,13 @@ def engine_arguments(
         "async_scheduling": False,
         "max_logprobs": int(config.get_text_config().vocab_size),
         "seed": 0,
+        "use_tqdm_on_load": False,
     }
     environment = {
         # The other runner takes no logits processors.
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if settings.latents:
