@@ -66,6 +66,8 @@ class Tally:
     """Steps asked for again after a connection was broken off."""
     again: int = 0
     """Requests sent again after a 503."""
+    lost: int = 0
+    """Connections that broke by themselves."""
     bad: Counter[str] = field(default_factory=Counter)
     """Misbehaviour, by kind, that was answered as it should be."""
     texts: int = 0
@@ -164,7 +166,13 @@ class Player:
         """An answer; 503 and broken connections are asked again, as the service says."""
         deadline = time.monotonic() + 900
         while True:
-            answer = await self.http.request(method, path, json=body)
+            try:
+                answer = await self.http.request(method, path, json=body)
+            except httpx.TransportError:  # an idle connection that was closed just then, say
+                self.tally.lost += 1
+                if method == "DELETE" or time.monotonic() > deadline:
+                    raise
+                continue
             self.tally.statuses[answer.status_code] += 1
             if answer.status_code == 503 or (answer.status_code == 409 and "busy" in answer.text):
                 if "retry-after" not in answer.headers:
@@ -211,7 +219,7 @@ async def misbehave(url: str, key: str, tally: Tally, until: float, number: int,
     rng = random.Random(1000 + number)
     port = int(url.rpartition(":")[2])
     json_type = {"content-type": "application/json"}
-    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
         good = {"authorization": f"Bearer {key}"}
 
         async def wanted(kind: str, codes: Sequence[int], **request: Any) -> None:
@@ -220,8 +228,10 @@ async def misbehave(url: str, key: str, tally: Tally, until: float, number: int,
             try:
                 answer = await http.request(request.pop("method", "POST"), path, headers=headers, **request)
             except httpx.HTTPError as error:
-                if kind != "long body":  # the service may hang up on what it will not read
+                if isinstance(error, httpx.TimeoutException):
                     tally.fail(f"{kind}: {type(error).__name__}: {error}")
+                else:  # the service hangs up on what it will not read, and on idle connections
+                    tally.lost += 1
                 return
             tally.statuses[answer.status_code] += 1
             if answer.status_code == 503 and "retry-after" in answer.headers:
@@ -356,13 +366,14 @@ def resident_mib(pids: Sequence[int]) -> float:
     return total / 2**20
 
 
-def known_games(model: LanguageModel, recipe: Recipe, count: int, greedy: bool = False) -> list[Game]:
-    """Episodes as a rollout in this process plays them, two seeds of choices in turn."""
+def known_games(model: LanguageModel, recipe: Recipe, count: int, seeds: Sequence[int] = (0, 1)) -> list[Game]:
+    """Episodes as rollouts in this process play them, one rollout per seed of the choices."""
     env = make_env(recipe.task, recipe.params, 0, "heldout")
     found: list[Game] = []
-    for seed in (0, 1):
-        team = GenerativeTeam(model, env.language, recipe.agent, assign(recipe, env), 0.0 if greedy else 1.0)
-        specs = [EpisodeSpec(recipe.task, recipe.params, 100 + number, "heldout") for number in range(count // 2)]
+    for seed in seeds:
+        team = GenerativeTeam(model, env.language, recipe.agent, assign(recipe, env))
+        here = range(100, 100 + count // len(seeds))
+        specs = [EpisodeSpec(recipe.task, recipe.params, number, "heldout") for number in here]
         played = rollout(specs, team, recipe.channel, derive_seed(seed, "eval"))
         found += [Game(seed, episode) for episode in played]
     return found
@@ -433,6 +444,7 @@ async def load(
         "503_with_retry_after": tally.statuses[503],
         "statuses": dict(sorted(tally.statuses.items())),
         "broken_off_and_asked_again": tally.repeats,
+        "connections_lost": tally.lost,
         "refused_as_documented": dict(sorted(tally.bad.items())),
         "openai_texts": tally.texts,
         "memory_mib": {
@@ -514,35 +526,45 @@ async def over_http(port: int, key: str, games: Sequence[Game]) -> float:
 
 
 def overhead(run: Path, recipe: Recipe, asked: argparse.Namespace) -> dict[str, Any]:
-    """Turns per second of 32 sessions, over HTTP and on the bare engine, taking turns."""
+    """32 sessions over HTTP and on the bare engine, taking turns: turns per second, and processor time per turn, which
+    other work on the machine does not change."""
     model = load_model(recipe, run, run / "adapters")
-    games = known_games(model, recipe, 32)
+    games = known_games(model, recipe, 32, (0,))
     turns = sum(len(each.turns) for game in games for each in game.episode.trajectories.values())
     key = secrets.token_urlsafe(12)
-    bare: list[float] = []
-    served: list[float] = []
-    with service(run, "transformers", key) as (_, url):
+    walls: dict[str, list[float]] = {"bare": [], "served": []}
+    spent: dict[str, list[float]] = {"bare": [], "served": []}
+    with service(run, "transformers", key) as (process, url):
         port = int(url.rpartition(":")[2])
         for repetition in range(asked.repetitions + 1):
-            began = time.perf_counter()
-            known_games(model, recipe, 32)  # two rollouts of 16
-            one = time.perf_counter() - began
-            two = asyncio.run(over_http(port, key, games))
+            began, used = time.perf_counter(), time.process_time()
+            known_games(model, recipe, 32, (0,))
+            one = time.perf_counter() - began, time.process_time() - used
+            used = processor_s(process.pid)
+            two = asyncio.run(over_http(port, key, games)), processor_s(process.pid) - used
             if repetition:  # the first warms up
-                bare.append(one)
-                served.append(two)
-    ratios = [there / here for there, here in zip(served, bare, strict=True)]
-    parameters = sum(each.numel() for each in model.base.parameters())
+                for name, (wall, cpu) in (("bare", one), ("served", two)):
+                    walls[name].append(wall)
+                    spent[name].append(cpu)
+    wall = [there / here - 1 for there, here in zip(walls["served"], walls["bare"], strict=True)]
+    cpu = [there / here - 1 for there, here in zip(spent["served"], spent["bare"], strict=True)]
     return {
-        "parameters": parameters,
+        "parameters": sum(each.numel() for each in model.base.parameters()),
         "sessions": 32,
         "turns": turns,
-        "bare_turns_per_s": round(turns / statistics.median(bare), 1),
-        "served_turns_per_s": round(turns / statistics.median(served), 1),
-        "ms_per_turn_more": round(1000 * (statistics.median(served) - statistics.median(bare)) / turns, 3),
-        "overhead": round(statistics.median(ratios) - 1, 3),
-        "overheads": [round(ratio - 1, 3) for ratio in ratios],
+        **{f"{name}_turns_per_s": round(turns / statistics.median(each), 1) for name, each in walls.items()},
+        **{f"{name}_cpu_ms_per_turn": round(1000 * statistics.median(each) / turns, 3) for name, each in spent.items()},
+        "overhead_wall": round(statistics.median(wall), 3),
+        "overhead_cpu": round(statistics.median(cpu), 3),
+        "overheads_wall": [round(each, 3) for each in wall],
+        "overheads_cpu": [round(each, 3) for each in cpu],
     }
+
+
+def processor_s(pid: int) -> float:
+    """Processor time of a process so far, all threads, in seconds."""
+    parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -569,7 +591,7 @@ def main() -> None:
         else:
             games = known_games(load_model(recipe, run, run / "adapters"), recipe, EPISODES)
             key, limit = secrets.token_urlsafe(12), 65_536
-            own = ["--max-sessions", str(asked.sessions + 8), "--idle", "15", "--max-body", str(limit), *asked.options]
+            own = ["--max-sessions", str(asked.sessions + 8), "--idle", "60", "--max-body", str(limit), *asked.options]
             with service(run, asked.engine, key, *own) as (process, url):
                 found = asyncio.run(load(process, url, key, games, asked, limit))
             found["ended_with"] = process.returncode

@@ -100,6 +100,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=75,  # longer than clients and proxies keep an idle connection
             timeout_graceful_shutdown=int(settings.timeout_s) + 5,
         )
         where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
