@@ -160,7 +160,8 @@ class Player:
                 self.tally.fail(f"instance {game.episode.seed}, seed {game.seed}: {found}")
                 break
         self.tally.episodes += 1
-        await self.ask("DELETE", place, None, 204)
+        with suppress(httpx.TransportError):
+            await self.ask("DELETE", place, None, 204)
 
     async def ask(self, method: str, path: str, body: Any, wanted: int) -> Any:
         """An answer; 503 and broken connections are asked again, as the service says."""
@@ -190,9 +191,9 @@ class Player:
         """The same step as events; whatever breaks the stream, the plain answer has the same turns."""
         headers = {"accept": "text/event-stream"}
         early: list[dict[str, Any]] = []
-        async with self.http.stream("POST", path, json=body, headers=headers) as answer:
-            self.tally.statuses[answer.status_code] += 1
-            if answer.status_code == 200:
+        try:
+            async with self.http.stream("POST", path, json=body, headers=headers) as answer:
+                self.tally.statuses[answer.status_code] += 1
                 kind = ""
                 async for line in answer.aiter_lines():
                     if line.startswith("event: "):
@@ -204,6 +205,8 @@ class Player:
                         if sorted(each["agent"] for each in early) != sorted(each["agent"] for each in turns):
                             self.tally.fail(f"a stream had turns of {[each['agent'] for each in early]} only")
                         return turns
+        except httpx.TransportError:
+            self.tally.lost += 1
         found: list[dict[str, Any]] = (await self.ask("POST", path, body, 200))["turns"]
         return found
 
@@ -534,6 +537,7 @@ def overhead(run: Path, recipe: Recipe, asked: argparse.Namespace) -> dict[str, 
     key = secrets.token_urlsafe(12)
     walls: dict[str, list[float]] = {"bare": [], "served": []}
     spent: dict[str, list[float]] = {"bare": [], "served": []}
+    headers = {"authorization": f"Bearer {key}"}
     with service(run, "transformers", key) as (process, url):
         port = int(url.rpartition(":")[2])
         for repetition in range(asked.repetitions + 1):
@@ -546,6 +550,7 @@ def overhead(run: Path, recipe: Recipe, asked: argparse.Namespace) -> dict[str, 
                 for name, (wall, cpu) in (("bare", one), ("served", two)):
                     walls[name].append(wall)
                     spent[name].append(cpu)
+        figures = httpx.get(f"{url}/metrics", headers=headers, trust_env=False).text
     wall = [there / here - 1 for there, here in zip(walls["served"], walls["bare"], strict=True)]
     cpu = [there / here - 1 for there, here in zip(spent["served"], spent["bare"], strict=True)]
     return {
@@ -554,6 +559,11 @@ def overhead(run: Path, recipe: Recipe, asked: argparse.Namespace) -> dict[str, 
         "turns": turns,
         **{f"{name}_turns_per_s": round(turns / statistics.median(each), 1) for name, each in walls.items()},
         **{f"{name}_cpu_ms_per_turn": round(1000 * statistics.median(each) / turns, 3) for name, each in spent.items()},
+        "rows_per_call": round(
+            (_metric(figures, "preconcert_model_rows_sum") or 0)
+            / (_metric(figures, "preconcert_model_rows_count") or 1),
+            1,
+        ),
         "overhead_wall": round(statistics.median(wall), 3),
         "overhead_cpu": round(statistics.median(cpu), 3),
         "overheads_wall": [round(each, 3) for each in wall],

@@ -66,8 +66,10 @@ class _Call:
 _LINGER = 0.25
 """Share of a call's usual time for which those are waited for who were there last time."""
 _LONGEST_LINGER_S = 0.05
-_PAUSES = 4
+_PAUSES = 2
 """And no longer than this part of it without anybody coming."""
+_WINDOW = 1.6
+"""Usual times of a call for which those who were there count as company: their answers have just gone out."""
 
 
 Meter = Callable[[int, float, int], None]
@@ -219,7 +221,7 @@ class SharedModel:
         of one takes as long as one of all. Whoever is alone is never kept waiting."""
         waiting = [self._queue.get()]
         began = last = time.perf_counter()
-        window = max(0.05, 3 * self._usual_s)
+        window = _WINDOW * self._usual_s
         company = sum(callers for when, callers in list(self._answered) if began - when < window)
         patience = min(_LONGEST_LINGER_S, _LINGER * self._usual_s)
         while waiting[-1] is not None:
