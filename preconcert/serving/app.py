@@ -24,6 +24,7 @@ from preconcert.serving.errors import ServiceError, clean, refusal_of
 from preconcert.serving.guard import Guard, error_body, error_headers
 from preconcert.serving.metrics import Metrics
 from preconcert.serving.openai_routes import add_openai_routes
+from preconcert.serving.reference import reference_page
 from preconcert.serving.session import Decided, Session
 from preconcert.serving.sessions import Sessions
 from preconcert.serving.settings import ServiceSettings
@@ -181,6 +182,7 @@ def create_app(
             "API."
         ),
         lifespan=life,
+        docs_url=None,  # theirs load scripts from elsewhere
         redoc_url=None,
     )
     app.state.service = service
@@ -198,6 +200,10 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return service.face.page
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def reference() -> str:
+        return reference_page(app.openapi())
 
     @app.get("/health", tags=["service"])
     async def health() -> dict[str, Any]:

@@ -38,7 +38,7 @@ AGENTS = 64
 class Body(BaseModel):
     """What all requests have in common."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class SlotBody(Body):

@@ -59,7 +59,11 @@ def test_pages(http: httpx.Client) -> None:
     assert http.get("/ready").json()["status"] == "ready"
     assert http.get("/v1/agents").json()["agents"] == [{"name": name, "adapter": name} for name in AGENTS]
     assert "openapi" in http.get("/openapi.json").json()
-    assert http.get("/docs").status_code == 200
+    reference = http.get("/docs").text
+    for words in ("/v1/sessions/{name}/observe", "Always take the most likely token", "/v1/chat/completions"):
+        assert words in reference
+    for outside in ("<script", "src=", "@import", "url("):
+        assert outside not in reference
     assert "preconcert" in http.get("/").text
 
 
