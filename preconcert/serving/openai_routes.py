@@ -1,8 +1,10 @@
 """Agents as models of the OpenAI-compatible API: `/v1/models`, `/v1/completions`, `/v1/chat/completions`.
 
-Where vLLM writes, requests are checked here and passed on under the adapter's name; only what is listed in the bodies
-below goes through, since the engine also takes instructions that are nobody else's business. Otherwise the embedded
-model answers; a stream then comes token by token after all of them have been written.
+A chat is an agent's turn: its messages are put into the prompt that the agent was trained on (`chat_template`), and the
+answer keeps to the grammar of its turns, on either engine; a stream comes token by token after all of them have been
+written. A completion goes on with any text, without a grammar. Where vLLM writes, completions are checked here and
+passed on under the adapter's name; only what is listed in the bodies below goes through, since the engine also takes
+instructions that are nobody else's business.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ from typing import Annotated, Any, Literal
 import httpx
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
+from jinja2.exceptions import TemplateError
 from pydantic import ConfigDict, Field
 
-from preconcert.core import UnknownNameError, derive_seed
+from preconcert.agents import Context
+from preconcert.core import UnknownNameError, derive_seed, nearest
 from preconcert.models.language_model import Completion, CompletionEnd, GenerateRequest
+from preconcert.prompts.automaton import Automaton
+from preconcert.prompts.chat_template import chat_template
 from preconcert.serving.engine import Supervised, Writer
 from preconcert.serving.errors import ServiceError
 from preconcert.serving.settings import ServiceSettings
@@ -90,8 +96,8 @@ class ChatBody(_Asked):
 
 def add_openai_routes(app: FastAPI, team: ServedTeam, settings: ServiceSettings, writer: Writer) -> None:
     """Add them to the application."""
-    answers: _Passed | _Written
-    answers = _Written(team, settings) if writer.url is None else _Passed(team, settings, writer)
+    turns = _Written(team, settings)
+    texts = turns if writer.url is None else _Passed(team, settings, writer)
 
     @app.get("/v1/models", tags=["openai"])
     async def models() -> dict[str, Any]:
@@ -108,12 +114,13 @@ def add_openai_routes(app: FastAPI, team: ServedTeam, settings: ServiceSettings,
     @app.post("/v1/completions", tags=["openai"], response_class=Response)
     async def completions(body: CompletionBody) -> Response:
         """A text goes on."""
-        return await answers.answer(body)
+        return await texts.answer(body)
 
     @app.post("/v1/chat/completions", tags=["openai"], response_class=Response)
     async def chat(body: ChatBody) -> Response:
-        """A conversation goes on."""
-        return await answers.answer(body)
+        """An agent's turn for what it sees: a user message is the text of its view, or lines `NAME said: WORDS`,
+        `You did: ACTIONS`, `You see: VIEW` and `You may: ACTIONS`, of which all but the view may be left out."""
+        return await turns.answer(body)
 
     started = time.time()
 
@@ -127,11 +134,12 @@ def _adapter_of(team: ServedTeam, name: str) -> str | None:
 
 
 class _Written:
-    """By the embedded model."""
+    """By the team's own model."""
 
     def __init__(self, team: ServedTeam, settings: ServiceSettings) -> None:
         self.team = team
         self.settings = settings
+        self._template = chat_template(team.format, tuple(team.assignment), team.agents.context is Context.TRANSCRIPT)
 
     async def answer(self, body: CompletionBody | ChatBody) -> Response:
         """One answer, or a stream."""
@@ -139,6 +147,7 @@ class _Written:
         adapter = _adapter_of(self.team, body.model)
         tokenizer, chat = self.team.model.tokenizer, isinstance(body, ChatBody)
         ids = self._prompt(body)
+        grammar = self._grammar(body) if isinstance(body, ChatBody) else None
         limit = body.max_tokens
         if isinstance(body, ChatBody):
             left = self.team.model.max_context - len(ids)
@@ -146,7 +155,7 @@ class _Written:
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests = [
             GenerateRequest(
-                ids, derive_seed(seed, number), adapter, None, limit or 16, temperature=body.temperature
+                ids, derive_seed(seed, number), adapter, grammar, limit or 16, temperature=body.temperature
             )
             for number in range(body.n)
         ]
@@ -184,10 +193,19 @@ class _Written:
             messages = [
                 {"role": each.role.replace("developer", "system"), "content": each.content} for each in body.messages
             ]
-            if getattr(tokenizer, "chat_template", None):
-                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            else:
-                text = " ".join(each["content"] for each in messages)
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    agent=self._agent(body),
+                )
+            except TemplateError as error:
+                raise ServiceError(422, "invalid_request", f"messages: {error}") from None
+            if not text:
+                raise ServiceError(422, "invalid_request", "messages: none of them is a user's")
+            return self.team.format.encode(text)  # which names the words that the tokenizer does not know
         elif isinstance(body.prompt, str):
             text = body.prompt
         else:
@@ -201,15 +219,50 @@ class _Written:
             raise ServiceError(422, "invalid_request", "the prompt is empty: there is nothing to continue")
         return ids
 
+    def _agent(self, body: ChatBody) -> str:
+        """Who is meant: the model's name, or for an adapter that several share the one that a system message names.
+
+        Raises:
+            ServiceError: nobody is.
+        """
+        agents = tuple(self.team.assignment)
+        if body.model in agents:
+            return body.model
+        told = " ".join(each.content for each in body.messages if each.role in ("system", "developer"))
+        for word in told.replace(",", " ").replace(".", " ").split():
+            if word in agents:
+                return word
+        known = ", ".join(agents)
+        raise ServiceError(
+            422, "invalid_request", f"model: {body.model!r} writes for several agents; ask for one of {known}"
+        )
+
+    def _grammar(self, body: ChatBody) -> Automaton | None:
+        """Of the agent's turn; None for a team that writes freely."""
+        if not self.team.agents.constrained:
+            return None
+        me, actions = self._agent(body), self.team.language.actions
+        legal: tuple[str, ...] = actions
+        asked = [each.content for each in body.messages if each.role == "user"]
+        for line in asked[-1].splitlines() if asked else ():
+            if line.startswith("You may:"):
+                legal = tuple(dict.fromkeys(line.removeprefix("You may:").replace(",", " ").split()))
+        for action in legal:
+            if action not in actions:
+                raise ServiceError(
+                    422, "invalid_request", f"messages: unknown action {action!r}; {nearest(action, actions)}"
+                )
+        return self.team.format.automaton([each for each in self.team.assignment if each != me], legal or actions)
+
     def _refuse(self, body: CompletionBody | ChatBody) -> None:
         """What the embedded model does not do is said, not left out."""
         for key, plain in (("top_p", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
             if getattr(body, key) != plain:
                 raise ServiceError(
-                    422, "unsupported", f"{key} = {getattr(body, key)}: the embedded engine only takes {plain:g}"
+                    422, "unsupported", f"{key} = {getattr(body, key)}: only {plain:g} is offered here"
                 )
         if body.top_logprobs if isinstance(body, ChatBody) else body.logprobs:
-            raise ServiceError(422, "unsupported", "the embedded engine gives no log-probabilities of other tokens")
+            raise ServiceError(422, "unsupported", "no log-probabilities of other tokens are offered here")
 
     def _choice(
         self, body: CompletionBody | ChatBody, number: int, completion: Completion, text: str, ended: str

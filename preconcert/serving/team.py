@@ -13,6 +13,7 @@ from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings, Gener
 from preconcert.agents.planners import PlannerSettings, PlanningTeam
 from preconcert.core import ConfigError, TaskLanguage, UnknownNameError, WorldModel
 from preconcert.envs import make_env
+from preconcert.prompts import TurnFormat
 from preconcert.serving.shared_model import SharedModel
 from preconcert.training.recipe import Recipe
 from preconcert.training.run import assign
@@ -94,6 +95,11 @@ class ServedTeam:
         if self.agents.codec.type == "latent":
             raise ConfigError("plan: planners imagine messages in words, and the agents of this run talk in vectors")
         return PlanningTeam(mine, self.world(), plan)
+
+    @property
+    def format(self) -> TurnFormat:
+        """How turns and prompts of the team's own task are written."""
+        return self._team.format
 
     def check_players(self, assignment: Mapping[str, str | None]) -> None:
         """Are these adapters there?

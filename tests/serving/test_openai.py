@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from preconcert.agents import AgentSettings, GenerativeTeam
 from preconcert.core import derive_seed
+from preconcert.envs import make_env
 from preconcert.models import TransformersModel
 from preconcert.models.language_model import GenerateRequest
+from tests.training.teams import AGENTS, PARAMS, TASK
 
 openai = pytest.importorskip("openai")
 
@@ -33,10 +36,33 @@ def test_completions_are_what_the_model_writes(client, model: TransformersModel)
         assert answer.usage.prompt_tokens == len(ids)
 
 
+def test_a_chat_is_the_turn_that_the_agent_would_write(client, model: TransformersModel) -> None:  # type: ignore[no-untyped-def]
+    env = make_env(TASK, PARAMS, 3, "heldout")
+    team = GenerativeTeam(model, env.language, AgentSettings(), {agent: agent for agent in AGENTS})
+    for agent, seen in env.reset().items():
+        others = [other for other in AGENTS if other != agent]
+        legal = seen.legal_actions[:3]
+        asked = f"You see: {seen.text}\nYou may: {', '.join(legal)}"
+        answer = client.chat.completions.create(
+            model=agent, messages=[{"role": "user", "content": asked}], seed=5, n=2, logprobs=True
+        )
+        ids = team.format.prompt_ids(agent, seen, (), others, ())
+        grammar = team.format.automaton(others, legal)
+        wanted = model.generate([GenerateRequest(ids, derive_seed(5, n), agent, grammar) for n in range(2)])
+        assert answer.usage.prompt_tokens == len(ids)
+        for choice, one in zip(answer.choices, wanted, strict=True):
+            assert choice.finish_reason == "stop"
+            assert choice.message.content == model.tokenizer.decode(list(one.ids), skip_special_tokens=True)
+            assert [each.logprob for each in choice.logprobs.content] == pytest.approx(one.logprobs, abs=1e-4)
+            content, _ = team.format.parse(one.ids, others, legal)
+            assert content.action in legal
+
+
 def test_chats_and_streams(client) -> None:  # type: ignore[no-untyped-def]
-    messages = [{"role": "user", "content": "row 0 col 2"}]
-    whole = client.chat.completions.create(model="agent_1", messages=messages, max_tokens=8, seed=1)
-    parts = list(client.chat.completions.create(model="agent_1", messages=messages, max_tokens=8, seed=1, stream=True))
+    env = make_env(TASK, PARAMS, 3, "heldout")
+    messages = [{"role": "user", "content": env.reset()["agent_1"].text}]
+    whole = client.chat.completions.create(model="agent_1", messages=messages, seed=1)
+    parts = list(client.chat.completions.create(model="agent_1", messages=messages, seed=1, stream=True))
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
     assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     texts = client.completions.create(model="agent_1", prompt="row 0", max_tokens=6, seed=1, stream=True)
@@ -53,5 +79,14 @@ def test_what_is_refused_is_named(client) -> None:  # type: ignore[no-untyped-de
         client.completions.create(model="agent_0", prompt="row " * 1000)
     with pytest.raises(openai.UnprocessableEntityError, match="unknown key 'vllm_xargs'"):
         client.completions.create(model="agent_0", prompt="row", extra_body={"vllm_xargs": {"a": "b"}})
+    def chat(text: str, role: str = "user") -> None:
+        client.chat.completions.create(model="agent_0", messages=[{"role": role, "content": text}])
+
+    with pytest.raises(openai.UnprocessableEntityError, match="unknown action 'up'"):
+        chat("You see: row 0\nYou may: up")
+    with pytest.raises(openai.UnprocessableEntityError, match="does not know 'zebra'"):
+        chat("zebra")
+    with pytest.raises(openai.UnprocessableEntityError, match="none of them is a user's"):
+        chat("agent_0", "system")
     with pytest.raises(openai.UnprocessableEntityError, match="temperature"):
         client.completions.create(model="agent_0", prompt="row", temperature=-1)
