@@ -4,10 +4,10 @@ Parts: `Dice`, the logits processor that an engine's process loads by its qualif
 engine of this process's own (its core is a child process), which is made anew when it dies. The HTTP client of a server
 is in `vllm_client.py`; both do what `VLLMModel` asks of a `RowEngine`.
 
-Beside the documented interface of logits processors one thing is changed inside the engine's process: after sampling,
-`Dice` puts the log-probabilities that it drew with in the place of the engine's own, in its own rows only. So a row
-costs one number per token instead of the whole vocabulary's, at any temperature, and plain requests beside it get
-what they always got.
+Beside the documented interface of logits processors two things are changed inside the engine's process. On a CPU, rows
+without an adapter are kept clear of the last slot's (`_spare_rows_without_adapter`). And after sampling, `Dice` puts the
+log-probabilities that it drew with in the place of the engine's own, in its own rows only. So a row costs one number per
+token instead of the whole vocabulary's, at any temperature, and plain requests beside it get what they always got.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 from vllm import EngineArgs, SamplingParams
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -52,6 +54,7 @@ class Dice(LogitsProcessor):
         self._vocabulary = vllm_config.model_config.get_vocab_size()
         self.dicing = Dicing()
         _report_after_sampling()
+        _spare_rows_without_adapter()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -104,6 +107,31 @@ def _report_after_sampling() -> None:
 
     forward._reports_dice = True  # type: ignore[attr-defined]
     Sampler.forward = forward
+
+
+def _spare_rows_without_adapter() -> None:
+    """Keep adapters out of rows that have none, in vLLM 0.30's operations for CPUs. Twice is once.
+
+    Such rows have slot -1, by which those operations index, so that they get the adapter of the last slot as soon as
+    there is one. Where the first half of an adapter gives them nothing, the second adds nothing.
+    """
+    plain = lora_ops.bgmv_shrink
+    if getattr(plain, "_spares_rows", False):
+        return
+
+    @functools.wraps(plain)
+    def bgmv_shrink(
+        inputs: torch.Tensor,
+        lora_b_weights: torch.Tensor,
+        output_tensor: torch.Tensor,
+        lora_indices_tensor: torch.Tensor,
+        scaling: float = 1.0,
+    ) -> None:
+        plain(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor.masked_fill_((lora_indices_tensor < 0)[:, None], 0.0)
+
+    bgmv_shrink._spares_rows = True  # type: ignore[attr-defined]
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink  # sgmv_shrink calls the former
 
 
 class EngineDiedError(ModelError):

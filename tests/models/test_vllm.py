@@ -143,6 +143,25 @@ def test_scores_and_choices_are_those_of_transformers(model: VLLMModel, referenc
 
 
 @both
+def test_rows_without_an_adapter_are_the_bases_when_every_slot_is_taken(
+    model: VLLMModel, reference: TransformersModel, place: Path
+) -> None:
+    names = [f"other-{number}" for number in range(SETTINGS.max_adapters)]
+    for name in names:
+        model.load_adapter(name, place / "blue")
+    try:
+        asked = [
+            GenerateRequest((3, 4, 5 + number % 4), number, name, max_tokens=4)
+            for number, name in enumerate([None, *names, None])
+        ]
+        wanted = [replace(one, adapter=one.adapter and "blue") for one in asked]
+        assert distance(model.generate(asked), reference.generate(wanted)) < 1e-4
+    finally:
+        for name in names:
+            model.delete_adapter(name)
+
+
+@both
 def test_threads_are_served_together(model: VLLMModel, reference: TransformersModel) -> None:
     asked = requests(reference, 48)
     with ThreadPoolExecutor(8) as pool:
