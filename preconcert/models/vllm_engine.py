@@ -5,9 +5,10 @@ engine of this process's own (its core is a child process), which is made anew w
 is in `vllm_client.py`; both do what `VLLMModel` asks of a `RowEngine`.
 
 Beside the documented interface of logits processors two things are changed inside the engine's process. On a CPU, rows
-without an adapter are kept clear of the last slot's (`_spare_rows_without_adapter`). And after sampling, `Dice` puts the
-log-probabilities that it drew with in the place of the engine's own, in its own rows only. So a row costs one number per
-token instead of the whole vocabulary's, at any temperature, and plain requests beside it get what they always got.
+without an adapter are kept clear of the last slot's (`_spare_rows_without_adapter`). And after sampling, `Dice` puts
+the log-probabilities that it drew with in the place of the engine's own, in its own rows only. So a row costs one
+number per token instead of the whole vocabulary's, at any temperature, and plain requests beside it get what they
+always got.
 """
 
 from __future__ import annotations
