@@ -294,7 +294,7 @@ def _product(chances: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 def _expected(payoffs: NDArray[np.float64], chances: Sequence[NDArray[np.float64]], free: int | None) -> Any:
     """A side's expected payoff; for every joint action of one side where it is left free."""
-    found = payoffs
+    found: Any = payoffs
     for index in reversed(range(len(chances))):
         if index != free:
             found = np.tensordot(found, chances[index], axes=([index], [0]))
