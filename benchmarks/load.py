@@ -45,7 +45,7 @@ from preconcert.prompts import starter_words
 from preconcert.training.json_file import write_json
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
-from preconcert.training.run import adapter_names, assign, load_model, load_recipe_of
+from preconcert.training.run_folder import adapter_names, assign, load_model, load_recipe_of
 
 EPISODES = 48
 """Different ones; clients take them at random, often the same at the same time."""

@@ -247,7 +247,7 @@ def _recipe(content: Mapping[str, Any]) -> Recipe:
 def _check_names(recipe: Recipe) -> None:
     """Agents, adapters, whose rewards are scaled, and the model's name."""
     from preconcert.training.recipe import STARTER
-    from preconcert.training.run import assign
+    from preconcert.training.run_folder import assign
 
     recipe.grpo.rewards.check(assign(recipe, make_env(recipe.task, recipe.params, 0, "train")))
     name = recipe.model

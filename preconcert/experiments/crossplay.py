@@ -27,7 +27,7 @@ from preconcert.training.league import FOLDER, Member
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import SCRIPT
-from preconcert.training.run import load_recipe_of
+from preconcert.training.run_folder import load_recipe_of
 
 _DPI = 130
 

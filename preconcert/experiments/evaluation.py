@@ -32,7 +32,7 @@ from preconcert.training.measures import Measures, measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import SCRIPT, EpisodeSpec, ScriptedPolicy, rollout
-from preconcert.training.run import assign, load_players, load_recipe_of
+from preconcert.training.run_folder import assign, load_players, load_recipe_of
 
 FOLDER = "eval"
 """Where a run keeps its evaluations."""

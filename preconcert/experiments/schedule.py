@@ -23,7 +23,7 @@ from preconcert.envs import make_env
 from preconcert.experiments.cell import FAILED, FOUND, OUTPUT, PROGRESS, write_spec
 from preconcert.experiments.experiment import Cell, CellResult
 from preconcert.training.json_file import write_json
-from preconcert.training.run import assign
+from preconcert.training.run_folder import assign
 from preconcert.training.warm_cache import WarmCache, warm_key
 
 CELLS, WARM = "cells", "warm"

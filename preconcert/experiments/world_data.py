@@ -23,7 +23,8 @@ from preconcert.envs import make_env
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
-from preconcert.training.run import RESULT, train
+from preconcert.training.run import train
+from preconcert.training.run_folder import RESULT
 from preconcert.training.warm_cache import WarmCache
 from preconcert.world_models.experience import Setting, lived_by
 from preconcert.world_models.fidelity import Case, cases_of, choose_starts

@@ -42,7 +42,7 @@ from preconcert.training.measures import measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import EpisodeSpec, rollout
-from preconcert.training.run import RESULT, assign, base_of, load_model, load_recipe_of
+from preconcert.training.run_folder import RESULT, assign, base_of, load_model, load_recipe_of
 from preconcert.training.world_stage import ADAPTER as WORLD
 from preconcert.training.world_stage import load_world_model
 

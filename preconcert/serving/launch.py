@@ -27,7 +27,7 @@ from preconcert.serving.settings import ServiceSettings
 from preconcert.serving.shared_model import SharedModel, shared
 from preconcert.serving.team import ServedTeam, team_of_run
 from preconcert.training.recipe import Recipe
-from preconcert.training.run import base_of, load_model
+from preconcert.training.run_folder import base_of, load_model
 
 _VLLM_CALLS = 4
 """Calls of vLLM at once: it takes new sequences in at every step, and each call brings all that wait."""

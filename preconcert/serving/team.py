@@ -16,7 +16,7 @@ from preconcert.envs import make_env
 from preconcert.prompts import TurnFormat
 from preconcert.serving.shared_model import SharedModel
 from preconcert.training.recipe import Recipe
-from preconcert.training.run import assign
+from preconcert.training.run_folder import assign
 from preconcert.training.world_stage import load_world_model
 
 _LANGUAGES = 32

@@ -7,7 +7,8 @@ from preconcert.training.measures import Measures, measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
-from preconcert.training.run import load_model, load_recipe_of, train
+from preconcert.training.run import train
+from preconcert.training.run_folder import load_model, load_recipe_of
 from preconcert.training.world_settings import WorldModelSettings, WorldTraining
 from preconcert.training.world_stage import load_world_model
 

@@ -23,6 +23,7 @@ from preconcert.training.json_file import write_json
 from preconcert.training.latent_start import LatentStart, Seat, lines_of, train_latents
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
+from preconcert.training.run_folder import base_of
 
 LATENT_START = "latent_start.json"
 TEACHER = "teacher"
@@ -56,8 +57,7 @@ def train_latent_stage(
         raise TrainingError(f"agent.codec=latent: the task {recipe.task} has no messages")
     shutil.rmtree(beside, ignore_errors=True)
     started = time.perf_counter()
-    base = out / "base"
-    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+    model = TransformersModel.load(base_of(recipe, out), recipe.lora, recipe.dtype)
     names = tuple(dict.fromkeys(assignment.values()))
     for name in names:
         model.load_adapter(name, warm / name)

@@ -23,8 +23,9 @@ from preconcert.training.latent_stage import TEACHER
 from preconcert.training.latent_start import LatentStart, Seat, lines_of, train_latents
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent
-from preconcert.training.run import RESULT, assign, load_model, warm_start
+from preconcert.training.run_folder import RESULT, assign, base_of, load_model
 from preconcert.training.warm_cache import WarmCache, in_words
+from preconcert.training.warm_stage import warm_start
 
 _ASKED = "mixed.json"
 """What was asked for."""
@@ -123,9 +124,8 @@ def train_mixed(
         (place / "recipe.json").write_text(recipes[agent].model_dump_json())
         spoken = recipes[agent].model_copy(update={"agent": in_words(recipes[agent].agent)})
         warm_start(spoken, place, env, assign(spoken, env), reporter, cache)
-        base = place / "base"
         own = recipes[agent]
-        models[agent] = TransformersModel.load(base if base.is_dir() else own.model, own.lora, own.dtype)
+        models[agent] = TransformersModel.load(base_of(own, place), own.lora, own.dtype)
         models[agent].load_adapter(agent, place / "warm" / agent)
         models[agent].add_adapter(TEACHER, 0, agent)
         models[agent].add_codec(agent, shape, derive_seed(recipe.seed, "codec", agent))

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -31,47 +30,41 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig
 
-from preconcert.agents import GenerativeTeam, codec_of, turn_format_of
+from preconcert.agents import GenerativeTeam
 from preconcert.core import (
     ConfigError,
     Env,
     TrainingError,
-    UnknownNameError,
     WorldModel,
     derive_seed,
     keep_episodes_before,
 )
 from preconcert.envs import make_env
-from preconcert.models import LanguageModel, TransformersModel, build_starter, check_model_name
-from preconcert.prompts import starter_words
+from preconcert.models import LanguageModel, TransformersModel, check_model_name
 from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
 from preconcert.training.imagination import ImaginedIn, Imaginer
-from preconcert.training.imitation import scripted_episodes
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_stage import train_latent_stage
-from preconcert.training.league import League, check_scripts, gather, learners_of
+from preconcert.training.league import League, gather
 from preconcert.training.ppo import MultiAgentPPOTrainer
-from preconcert.training.recipe import STARTER, Adapters, Algorithm, Recipe
+from preconcert.training.recipe import STARTER, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rows import GrammarTable
-from preconcert.training.sampler import Engine, Publisher, check_engine, publisher_of, rollout_engine, start_vllm
+from preconcert.training.run_folder import RESULT, adapter_names, assign, base_of, load_model, prepare_folder
+from preconcert.training.sampler import Publisher, check_engine, publisher_of, rollout_engine
 from preconcert.training.source import GameSource, record_name
 from preconcert.training.update import Order
-from preconcert.training.warm_cache import WarmCache, warm_basis, warm_key
-from preconcert.training.warm_start import WarmStartMethod, fine_tune, supervised_examples
-from preconcert.training.world_stage import ADAPTER, WorldRefresh, load_world_model, mix_world_rows, train_stage
+from preconcert.training.warm_cache import WarmCache
+from preconcert.training.warm_stage import warm_start
+from preconcert.training.warm_start import WarmStartMethod
+from preconcert.training.world_stage import ADAPTER, WorldRefresh, load_world_model, train_stage
 from preconcert.world_models import OracleValue, OracleWorldModel, TokenWorldModel
 
-RESULT = "result.json"
 PUBLISHED = "published"
 """Where adapters are written on their way to a sampling engine."""
-_IMITATOR = "imitator"
-"""The adapter that method `lora` trains, until the agents' own are copied from it."""
-_IMITATION = "imitation.json"
-"""What the supervised phase found, until the adapters stand."""
 
 
 def train(
@@ -135,35 +128,6 @@ def train(
     return out
 
 
-def assign(recipe: Recipe, env: Env) -> dict[str, str]:
-    """Adapter by agent name.
-
-    Raises:
-        ConfigError: an agent, a frozen adapter or a league's script that does not exist.
-    """
-    if recipe.adapters is Adapters.PER_AGENT:
-        assignment = {agent: agent for agent in env.agents}
-    elif recipe.adapters is Adapters.SHARED:
-        assignment = dict.fromkeys(env.agents, "team")
-    else:
-        assert isinstance(recipe.adapters, Mapping)
-        for agent in recipe.adapters:
-            if agent not in env.agents:
-                raise UnknownNameError("agent", agent, env.agents)
-        missing = [agent for agent in env.agents if agent not in recipe.adapters]
-        if missing:
-            raise ConfigError(f"adapters: no adapter is named for agent {missing[0]!r}")
-        assignment = {agent: recipe.adapters[agent] for agent in env.agents}
-    for name in recipe.frozen:
-        if name not in assignment.values():
-            raise UnknownNameError("adapter", name, sorted(set(assignment.values())))
-    if recipe.league is not None:
-        recipe.league.sides_of(env.agents)
-        check_scripts(env, recipe.league.scripts)
-        adapter_names(recipe, assignment)
-    return assignment
-
-
 def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
     """What can be known to fail before anything is made."""
     if recipe.model != STARTER:
@@ -179,191 +143,6 @@ def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
             f"update.order=sequential: grpo.minibatches={recipe.grpo.minibatches} is no multiple of the {learning} "
             "agents that learn"
         )
-
-
-def adapter_names(recipe: Recipe, assignment: Mapping[str, str]) -> tuple[str, ...]:
-    """Every adapter that a run makes: those of its agents, and a league's."""
-    names = tuple(dict.fromkeys(assignment.values()))
-    return names if recipe.league is None else learners_of(recipe.league, names[0])
-
-
-def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> None:
-    """Make or check the run folder.
-
-    Raises:
-        ConfigError: it holds something and `resume` is off, or it holds a run of another recipe.
-    """
-    file = out / "recipe.json"
-    wanted = json.loads(recipe.model_dump_json())
-    if file.is_file():
-        if not resume and rank == 0:
-            raise ConfigError(f"{str(out)!r} already holds a run; use --resume to go on, --fresh to start over")
-        held = json.loads(file.read_text())
-        for key in sorted((set(held) | set(wanted)) - {"rollout"}):
-            if held.get(key) != wanted.get(key):
-                raise ConfigError(
-                    f"{str(out)!r} holds a run with {key}={_short(held.get(key))}, "
-                    f"the recipe says {_short(wanted.get(key))}"
-                )
-        if rank == 0 and held.get("rollout") != wanted["rollout"]:  # where the engine is does not make another run
-            write_json(file, wanted)
-        return
-    if resume and rank == 0 and out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{str(out)!r} is not a run: it has no recipe.json")
-    if not resume and out.is_dir() and any(out.iterdir()) and rank == 0:
-        raise ConfigError(f"{str(out)!r} is not empty")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
-
-
-def load_recipe_of(run: Path) -> Recipe:
-    """The resolved recipe of a run folder.
-
-    Raises:
-        ConfigError: it is not a run folder.
-    """
-    file = run / "recipe.json"
-    if not file.is_file():
-        raise ConfigError(f"{str(run)!r} is not a run folder: it has no recipe.json")
-    return Recipe.model_validate_json(file.read_text())
-
-
-def load_model(recipe: Recipe, run: Path, adapters: Path) -> TransformersModel:
-    """A run's base with the adapters of a folder.
-
-    Args:
-        recipe: of the run.
-        run: the run folder.
-        adapters: `warm` or `adapters` of the run.
-    """
-    model = TransformersModel.load(base_of(recipe, run), recipe.lora, recipe.dtype)
-    for folder in _adapter_folders(run, adapters):
-        model.load_adapter(folder.name, folder)
-    return model
-
-
-def load_players(recipe: Recipe, run: Path, adapters: Path) -> LanguageModel:
-    """The same on the engine that the recipe's `rollout` names, for playing."""
-    if recipe.rollout.engine is Engine.TRANSFORMERS:
-        return load_model(recipe, run, adapters)
-    folders = _adapter_folders(run, adapters)
-    writer = load_model(recipe, run, adapters) if recipe.agent.codec.type == "latent" else None
-    model = start_vllm(base_of(recipe, run), recipe.lora, recipe.dtype, recipe.rollout, writer)
-    for folder in folders:
-        model.load_adapter(folder.name, folder)
-    return model
-
-
-def base_of(recipe: Recipe, run: Path) -> str | Path:
-    """The run's own base, or the model that the recipe names."""
-    base = run / "base"
-    return base if base.is_dir() else recipe.model
-
-
-def _adapter_folders(run: Path, adapters: Path) -> list[Path]:
-    if not adapters.is_dir():
-        raise ConfigError(f"the run {str(run)!r} has no {adapters.name!r} folder; is it finished?")
-    return sorted(path for path in adapters.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def warm_start(
-    recipe: Recipe,
-    out: Path,
-    env: Env,
-    assignment: Mapping[str, str],
-    reporter: Reporter,
-    cache: WarmCache | None = None,
-) -> dict[str, Any]:
-    """Build or load the base, imitate scripted play, and write `warm/` (and `base/`)."""
-    marker = out / "warm_start.json"
-    if marker.is_file():
-        return json.loads(marker.read_text())
-    for name in ("warm", "base", _IMITATOR):
-        shutil.rmtree(out / name, ignore_errors=True)
-    names = adapter_names(recipe, assignment)
-    basis = warm_basis(recipe)
-    if cache is None:
-        imitate(basis, out, env, names[0], reporter)
-    else:
-        cache.copy(
-            warm_key(recipe, names[0]), out, lambda folder: imitate(basis, folder, env, names[0], reporter), reporter
-        )
-    base = out / "base"
-    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
-    copied = names[0] if (out / _IMITATOR).is_dir() else None
-    if copied is not None:
-        model.load_adapter(copied, out / _IMITATOR)
-    for name in names:
-        if name not in model.adapters:
-            model.add_adapter(name, derive_seed(recipe.seed, "adapter", name), copied)
-        model.save_adapter(name, out / "warm" / name)
-    found = json.loads((out / _IMITATION).read_text())
-    write_json(marker, found)
-    (out / _IMITATION).unlink()
-    shutil.rmtree(out / _IMITATOR, ignore_errors=True)
-    return found
-
-
-def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Reporter) -> None:
-    """The part of the warm start that runs can share: `base/` or `imitator/` in a folder, and what was found.
-
-    Args:
-        basis: from `warm_basis`.
-        folder: an existing folder.
-        env: of the task, for its words.
-        adapter: the name that seeds the imitator under method `lora`.
-        reporter: receives progress.
-    """
-    started = time.perf_counter()
-    settings = basis.warm_start
-    codec = codec_of(basis.agent.codec, env.language, basis.agent.spans)
-    episodes = scripted_episodes(basis, codec, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
-    source = basis.model
-    if basis.model == STARTER:
-        texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]
-        texts += [t.final_observation.text for e in episodes for t in e.trajectories.values()]
-        digits = basis.world_model is not None
-        words = starter_words([*texts, *getattr(env, "words", ())], env.language, env.agents, digits)
-        source = str(build_starter(words, folder / "blank", derive_seed(basis.seed, "starter"), basis.starter))
-    model = TransformersModel.load(source, basis.lora, basis.dtype)
-    log: list[dict[str, float]] = []
-    if settings.episodes:
-        turn_format = turn_format_of(model.tokenizer, basis.agent, codec)
-        examples = supervised_examples(episodes, turn_format, basis.agent)
-        examples, settings = mix_world_rows(basis, episodes, examples, turn_format, reporter)
-        reporter.stage("warm start", settings.steps)
-        callbacks: list[TrainerCallback] = [_Progress(reporter)]
-        scratch = folder / "scratch"
-        seed = derive_seed(basis.seed, "warm start")
-        if settings.method is WarmStartMethod.FULL:
-            log = fine_tune(model.base, model.tokenizer, examples, settings, scratch, seed, callbacks)
-        else:
-            model.add_adapter(adapter, derive_seed(basis.seed, "adapter", adapter))
-            log = fine_tune(model.model, model.tokenizer, examples, settings, scratch, seed, callbacks)
-            model.save_adapter(adapter, folder / _IMITATOR)
-        shutil.rmtree(scratch, ignore_errors=True)
-    if settings.episodes and settings.method is WarmStartMethod.FULL:
-        _save_base(model, folder / "base")
-    elif basis.model == STARTER:
-        shutil.copytree(folder / "blank", folder / "base")
-    shutil.rmtree(folder / "blank", ignore_errors=True)
-    judged = [e.success for e in episodes if e.success is not None]
-    found = {
-        "episodes": len(episodes),
-        "log": log,
-        "wall_s": time.perf_counter() - started,
-        "script_success": sum(judged) / len(judged) if judged else None,
-    }
-    write_json(folder / _IMITATION, found)
-
-
-def _save_base(model: TransformersModel, folder: Path) -> None:
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.base.save_pretrained(beside)
-    model.tokenizer.save_pretrained(beside)
-    os.replace(beside, folder)
 
 
 def _gate(
@@ -536,13 +315,12 @@ def make_critic(
 ) -> Critic:
     """The critic that a recipe asks for, fresh."""
     credit = recipe.grpo.credit
-    base = out / "base"
     return Critic(
         model,
         env.agents,
         recipe.critic,
         derive_seed(recipe.seed, "critic"),
-        base if base.is_dir() else recipe.model,
+        base_of(recipe, out),
         acted=isinstance(credit, ChainedGAECredit),
         per_token=getattr(credit, "level", "turn") == "token",
         learners=learners,
@@ -592,18 +370,6 @@ def grpo_config(recipe: Recipe, checkpoints: Path, world: int = 1) -> GRPOConfig
         log_completions=False,
         ddp_find_unused_parameters=True if world > 1 else None,
     )
-
-
-class _Progress(TrainerCallback):
-    """Tells the reporter how far the supervised phase is."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One step over."""
-        last = state.log_history[-1].get("loss") if state.log_history else None
-        self.reporter.advance(state.global_step, f"loss {last:.3f}" if last is not None else "")
 
 
 class _IterationLog(TrainerCallback):
@@ -677,8 +443,3 @@ def _one_at_a_time(rank: int, world: int, work: Any) -> None:
         finally:
             os.environ.update(hidden)
     _barrier(world)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

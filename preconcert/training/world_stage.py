@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
 
 from preconcert.agents import ChannelSettings, GenerativeTeam
 from preconcert.core import ConfigError, Env, Episode, derive_seed
@@ -27,9 +26,11 @@ from preconcert.envs import make_env
 from preconcert.models import LanguageModel, TransformersModel
 from preconcert.prompts import TurnFormat, WorldFormat
 from preconcert.training.json_file import write_json
+from preconcert.training.progress import LossProgress
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, Policies, ScriptedPolicy, rollout
+from preconcert.training.run_folder import base_of
 from preconcert.training.warm_cache import WarmCache, world_key
 from preconcert.training.warm_start import WarmStartMethod, WarmStartSettings
 from preconcert.training.world_data import coverage
@@ -175,7 +176,8 @@ def _teach(
     reporter.stage("world model", settings.training.steps)
     scratch = folder / "scratch"
     seed = derive_seed(recipe.seed, "world model")
-    log = train_world_model(model, world, sources, settings.training, seed, scratch, [_Progress(reporter)])
+    progress = LossProgress(reporter, "loss_view", "view")
+    log = train_world_model(model, world, sources, settings.training, seed, scratch, [progress])
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_adapter(ADAPTER, folder / "adapter")
     greedy = _model_on(recipe, model, env, scale, TokenWorldSettings(temperature=0.0))
@@ -219,8 +221,7 @@ def load_world_model(
     if not marker.is_file():
         raise ConfigError(f"the world model of the run {str(run)!r} is not finished")
     if model is None:
-        base = run / "base"
-        model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+        model = TransformersModel.load(base_of(recipe, run), recipe.lora, recipe.dtype)
     refreshed = _refreshed(run)
     model.load_adapter(ADAPTER, refreshed[-1][1] if refreshed else run / FOLDER / "adapter")
     env = make_env(recipe.task, recipe.params, 0, "train")
@@ -279,8 +280,7 @@ def _model_on(
 
 
 def _warm_model(recipe: Recipe, out: Path, assignment: Mapping[str, str]) -> TransformersModel:
-    base = out / "base"
-    model = TransformersModel.load(base if base.is_dir() else recipe.model, recipe.lora, recipe.dtype)
+    model = TransformersModel.load(base_of(recipe, out), recipe.lora, recipe.dtype)
     for name in dict.fromkeys(assignment.values()):
         model.load_adapter(name, out / "warm" / name)
     return model
@@ -310,15 +310,3 @@ def _play(
         episodes += rollout(specs, player, channel, derive_seed(recipe.seed, "world", name, split))
         reporter.advance(len(episodes))
     return episodes
-
-
-class _Progress(TrainerCallback):
-    """Tells the reporter how far the training is."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step over."""
-        last = state.log_history[-1].get("loss_view") if state.log_history else None
-        self.reporter.advance(state.global_step, f"view {last:.3f}" if last is not None else "")

@@ -13,7 +13,8 @@ import torch
 
 from preconcert.models import TransformersModel
 from preconcert.training.recipe import Recipe
-from preconcert.training.run import base_of, train
+from preconcert.training.run import train
+from preconcert.training.run_folder import base_of
 from tests.models.checkpoints import build_chat_checkpoint
 
 HUB = "somebody/small-model"

@@ -49,7 +49,7 @@ def test_greedy_completions_are_those_of_the_run(export: tuple[Path, Path], engi
 
     from preconcert.agents import GenerativeTeam
     from preconcert.envs import make_env
-    from preconcert.training.run import assign, load_model, load_recipe_of
+    from preconcert.training.run_folder import assign, load_model, load_recipe_of
 
     run, folder = export
     recipe = load_recipe_of(run)

@@ -22,7 +22,7 @@ from preconcert.serving.metrics import Metrics
 from preconcert.serving.settings import ServiceSettings
 from preconcert.serving.team import team_of_run
 from preconcert.training.rollout import rollout
-from preconcert.training.run import load_model, load_recipe_of
+from preconcert.training.run_folder import load_model, load_recipe_of
 from tests.serving.conftest import running
 from tests.serving.run_folder import run_folder
 from tests.serving.test_same_turns import SPECS, same

@@ -9,7 +9,8 @@ import pytest
 from preconcert.config import load_recipe
 from preconcert.experiments.evaluation import Players
 from preconcert.experiments.exact_games import GameValue, MatrixGame, exact_game
-from preconcert.training.run import load_recipe_of, train
+from preconcert.training.run import train
+from preconcert.training.run_folder import load_recipe_of
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fxp.yaml"
 

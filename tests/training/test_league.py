@@ -18,7 +18,8 @@ from preconcert.prompts import SpanSettings
 from preconcert.training.league import LeagueMode, LeagueSettings, Member, Population, evicted, learners_of
 from preconcert.training.matchmaking import Sampler
 from preconcert.training.recipe import Adapters, Recipe
-from preconcert.training.run import assign, load_model, make_league, train
+from preconcert.training.run import make_league, train
+from preconcert.training.run_folder import assign, load_model
 from tests.training.teams import recipe_of
 
 TIMES = ("_s", "_time", "_runtime", "_per_second")

@@ -17,7 +17,8 @@ from preconcert.models import LoraSettings, TransformersModel
 from preconcert.training import sampler
 from preconcert.training.recipe import Recipe
 from preconcert.training.rows import GrammarTable
-from preconcert.training.run import load_recipe_of, prepare_folder, train
+from preconcert.training.run import train
+from preconcert.training.run_folder import load_recipe_of, prepare_folder
 from preconcert.training.sampler import Publisher, RolloutSettings, check_engine
 from preconcert.training.source import GameSource
 from tests.training.teams import AGENTS, LORA, load, recipe_of, team_on

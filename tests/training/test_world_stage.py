@@ -16,7 +16,8 @@ from preconcert.core import ConfigError, Move, UnknownNameError
 from preconcert.envs import make_env
 from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.recipe import Recipe
-from preconcert.training.run import load_model, train
+from preconcert.training.run import train
+from preconcert.training.run_folder import load_model
 from preconcert.training.warm_cache import BASIS, warm_basis, warm_key, world_key
 from preconcert.training.world_settings import WorldModelSettings, WorldTraining
 from preconcert.training.world_stage import load_world_model
