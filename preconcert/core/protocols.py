@@ -91,6 +91,9 @@ class TurnRequest:
     """The running instance, for scripted players and oracles; a learned policy does not look at it."""
     player: str | None = None
     """Who decides, where the episode's cast says so: the name of an adapter. None leaves it to the policy."""
+    partners: str | None = None
+    """What kind of players the others are, where that is known and not the policy's own team: a word that the world
+    model has learned (`TokenBelief.partners`)."""
 
 
 @runtime_checkable

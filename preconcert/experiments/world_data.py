@@ -158,19 +158,25 @@ def coverage(episodes: Sequence[Episode], cases: Sequence[Case]) -> dict[str, fl
     return {"seen_views": met / len(cases), "seen_transitions": known / len(cases)}
 
 
-def heldout_cases(episodes: Sequence[Episode], horizons: Sequence[int], starts: int) -> list[Case]:
+def heldout_cases(
+    episodes: Sequence[Episode], horizons: Sequence[int], starts: int, mixture: Mixture | None = None
+) -> list[Case]:
     """Cases of every agent of every episode.
 
     Args:
         episodes: held-out play.
         horizons: that are measured.
         starts: moments per episode; the first one is always among them.
+        mixture: who plays the episodes, in its order, for models that want to know; None does not say.
     """
     found: list[Case] = []
+    players = [name for name, count in asdict(mixture).items() for _ in range(count)] if mixture is not None else []
     for number, episode in enumerate(episodes):
         language = make_env(episode.task, episode.params, episode.seed, episode.split).language
         moments = choose_starts(episode.steps, horizons, starts, derive_seed("starts", number))
-        found += cases_of(episode, f"held-{number}", language, moments, env_at)
+        found += cases_of(
+            episode, f"held-{number}", language, moments, env_at, partners=players[number] if players else None
+        )
     return found
 
 

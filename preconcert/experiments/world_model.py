@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def fit_and_measure(
     world = world_settings(recipe)
     mixture = Mixture(world.random_episodes, world.scripted_episodes, world.learner_episodes)
     episodes = shared_play(recipe, learner, mixture, folder, warm_cache, reporter)
-    held = mixed_play(recipe, learner, Mixture(**options["heldout"]), "heldout", 0, reporter)
+    heldout = Mixture(**options["heldout"])
+    held = mixed_play(recipe, learner, heldout, "heldout", 0, reporter)
     horizons = tuple(options["horizons"])
-    cases = heldout_cases(held, horizons, int(options["starts"]))
+    cases = heldout_cases(held, horizons, int(options["starts"]), heldout)
     model = _fitted(Subject(options["subject"]), players, run, episodes, options, reporter)
     fitted = time.perf_counter()
 
@@ -168,9 +170,9 @@ def _consistency(
     chosen = [views[number % len(views)] for number, views in enumerate(list(first_views.values())[:plans])]
     reporter.stage("consistency, imagined plans", len(chosen))
     horizon = max(len(case.outcomes) for case in whole)
-    inside = play_inside(
-        model, policy, [case.request for case in chosen], horizon, threshold, derive_seed("inside plans")
-    )
+    # Whoever played the instance, the partners are the policy's own team now.
+    requests = [replace(case.request, partners=None) for case in chosen]
+    inside = play_inside(model, policy, requests, horizon, threshold, derive_seed("inside plans"))
     reporter.stage("consistency, plans carried out", len(chosen))
     instances = [held[int(case.request.episode.removeprefix("held-").partition("@")[0])] for case in chosen]
     specs = [
@@ -198,6 +200,13 @@ def _consistency(
 ARMS = (
     ExperimentArm("token", "token model", options={"subject": "token"}),
     ExperimentArm("token-free", "token model, without grammar", options={"subject": "token", "free": True}),
+    ExperimentArm(
+        "token-untold",
+        "token model, not told who plays",
+        {"world_model.tell_partners": False},
+        options={"subject": "token"},
+        tasks=("rendezvous",),
+    ),
     ExperimentArm("recurrent", "recurrent model", options={"subject": "recurrent"}),
     ExperimentArm("copy-last", "copy last", options={"subject": "copy-last"}),
     ExperimentArm("count-table", "count table", options={"subject": "count-table"}),
@@ -283,6 +292,9 @@ WORLD_MODEL = Experiment(
     limits=(
         "The token model is an adapter of a small starter model, and its base has been fine-tuned on the same rows; a "
         "pretrained model is not measured here.",
+        "The token model is told whose play it is asked about (at random, by the script, or by the team), as an agent "
+        "knows its own team; one that is not told is measured on rendezvous. The recurrent model can only gather it "
+        "from what came before, the tables not at all.",
         "All models say what they find likeliest, word by word: that suits squared errors and exact matches. A planner "
         "draws instead, and a drawn guess at something that cannot be known has a larger squared error. Probabilities "
         "(negative log-likelihoods, ends, teammates' actions) do not depend on it, and where plans are carried out all "

@@ -8,6 +8,7 @@ from preconcert.core import TaskLanguage
 from preconcert.prompts.spans import END_OF_PLAY
 from preconcert.prompts.speech import SILENCE
 from preconcert.prompts.turn_grammar import DONE_WORDS
+from preconcert.prompts.world_format import BY, PARTNERS
 
 TAGS = ("<from>", "<did>", "<me>", "<see>", "<turn>", "<intend>", "<foresee>", "<say>", "<act>")
 
@@ -21,7 +22,8 @@ def starter_words(
         texts: observations of many episodes, enough to hold every word the task uses.
         language: the task's vocabularies.
         agents: the agents' names.
-        digits: also what world models write: the digits, and every label and value of the task's view.
+        digits: also what world models read and write: the digits, kinds of partners, and every label and value of the
+            task's view.
     """
     words: dict[str, None] = dict.fromkeys(TAGS)
     words.update(dict.fromkeys(agents))
@@ -31,6 +33,7 @@ def starter_words(
     words.update(dict.fromkeys(sorted({word for text in texts for word in text.split()})))
     if digits:
         words.update(dict.fromkeys(str(digit) for digit in range(10)))
+        words.update(dict.fromkeys((BY, *PARTNERS)))
         for item in language.view.fields if language.view is not None else ():
             words.update(dict.fromkeys((*item.label.split(), *item.choices)))
     return list(words)

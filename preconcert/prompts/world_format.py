@@ -2,10 +2,13 @@
 
 A row is an agent's turn prompt, the move, and the answer:
 
-    ... <turn>  <say> w w <act> a  [<intend> NAME a …]  |  [<intend> NAME a …] <foresee> view r d <say> NAME w w v
+    ... <turn>  [<by> KIND] <say> w w <act> a  [<intend> NAME a …]  |  [<intend> NAME a …] <foresee> view r d
+        <say> NAME w w v
 
 Other agents' actions that are given stand on the prompt's side of the line, the rest on the answer's, in the same
-spelling. Parts: `WorldFormat` and `WorldWritten`. The grammar of the answer is in `world_grammar.py`.
+spelling. KIND says whose play the others' is: what follows on a view among partners who act at random is not what
+follows on it among the team's own. Parts: `WorldFormat` and `WorldWritten`. The grammar of the answer is in
+`world_grammar.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from preconcert.core import GrammarError, Message, Move, Observation
+from preconcert.core import GrammarError, Message, Move, Observation, UnknownNameError
 from preconcert.prompts.automaton import Automaton
 from preconcert.prompts.grammar import Grammar, Reading
 from preconcert.prompts.speech import SILENCE
@@ -29,6 +32,11 @@ from preconcert.prompts.world_grammar import (
     answer_words,
     world_pieces,
 )
+
+BY = "<by>"
+PARTNERS = ("random", "scripted", "learner")
+"""Kinds of partners: uniform over legal actions, the task's imperfect player, the team itself."""
+OWN_TEAM = "learner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +56,18 @@ class WorldFormat:
         turns: writes the prompts; its spans say whether agents talk, and its memory is the model's.
         value_range: the least and the greatest sum of rewards after a step, the ends of the value's scale. None takes
             the least and the greatest reward of one step, with 0.
+        tells_partners: do prompts say whose play the others' is?
 
     Raises:
         GrammarError: the view lacks a field that agents foretell, or the tokenizer does not tell the value's digits
             apart by one token.
     """
 
-    def __init__(self, turns: TurnFormat, value_range: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self, turns: TurnFormat, value_range: tuple[float, float] | None = None, tells_partners: bool = False
+    ) -> None:
         self.turns = turns
+        self.tells_partners = tells_partners
         self.tokenizer = turns.tokenizer
         self.language = turns.language
         self.compact = turns.compact
@@ -86,8 +98,9 @@ class WorldFormat:
         others: Sequence[str],
         memory: Sequence[str],
         move: Move,
+        partners: str = OWN_TEAM,
     ) -> tuple[int, ...]:
-        """The turn's prompt, the move, and the other agents' actions as far as they are given.
+        """The turn's prompt, the kind of partners, the move, and the other agents' actions as far as they are given.
 
         Args:
             agent: whose view it is.
@@ -96,14 +109,21 @@ class WorldFormat:
             others: the other agents, in the episode's order.
             memory: its actions so far.
             move: what is done now.
+            partners: whose play the others' is, one of `PARTNERS`.
 
         Raises:
             GrammarError: the tokenizer lacks a word.
+            UnknownNameError: a kind of partners that is none.
         """
+        if partners not in PARTNERS:
+            raise UnknownNameError("kind of partners", partners, PARTNERS)
         heard = tuple((message.sender, message.payload) for message in inbox) if self.talks else ()
         recent = tuple(memory)[-self.turns.memory :] if self.turns.memory else ()
         prompt = self._prompt(agent, observation.text, observation.legal_actions, heard, tuple(others), recent)
-        return prompt + self.move_ids(others, move)
+        told: tuple[int, ...] = ()
+        if self.tells_partners:
+            told = self.turns.encode(BY) + self._word_ids(partners) + self._line()
+        return prompt + told + self.move_ids(others, move)
 
     def move_ids(self, others: Sequence[str], move: Move) -> tuple[int, ...]:
         """The move alone, as it is appended to a turn's prompt."""

@@ -56,7 +56,8 @@ def world_part(recipe: Recipe) -> dict[str, Any]:
     if section is None:
         return {}
     # Without rows for the base only its words are different.
-    return {"share": section.share, **({"random_episodes": section.random_episodes} if section.share else {})}
+    mixed = {"random_episodes": section.random_episodes, "tell_partners": section.tell_partners}
+    return {"share": section.share, **(mixed if section.share else {})}
 
 
 def warm_key(recipe: Recipe, first_adapter: str) -> str:

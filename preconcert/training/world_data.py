@@ -1,7 +1,7 @@
 """The batches a world model learns from: sources mixed by share, endings often enough, its own outputs among them.
 
-Parts: `WorldData` (rows of any batch by its number, all random choices from a seed), `collate` (rows as tensors),
-`coverage` (what the sources have shown).
+Parts: `WorldData` (rows of any batch by its number, all random choices from a seed), `partners_of` (who plays in a
+source), `collate` (rows as tensors), `coverage` (what the sources have shown).
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ import torch
 from torch import Tensor
 
 from preconcert.core import ConfigError, Episode, Move, UnknownNameError, derive_seed
-from preconcert.prompts import WorldFormat
+from preconcert.prompts import OWN_TEAM, PARTNERS, WorldFormat
 from preconcert.training.world_rows import Step, WorldRow, world_row, world_steps
 from preconcert.training.world_settings import WorldTraining
 from preconcert.world_models import TokenWorldModel
 
 
+def partners_of(source: str) -> str:
+    """The kind of players whose episodes a source holds: the team itself, unless its name says otherwise."""
+    return source if source in PARTNERS else OWN_TEAM
+
+
 class _Source:
     """The steps of one source of episodes."""
 
-    def __init__(self, episodes: Sequence[Episode], memory: int) -> None:
-        self.chains: list[list[Step]] = [chain for episode in episodes for chain in world_steps(episode, memory)]
+    def __init__(self, episodes: Sequence[Episode], memory: int, partners: str) -> None:
+        self.chains: list[list[Step]] = [
+            chain for episode in episodes for chain in world_steps(episode, memory, partners)
+        ]
         self.places = np.array([(c, i) for c, chain in enumerate(self.chains) for i in range(len(chain))])
         ending = np.array([step.ending for chain in self.chains for step in chain], dtype=bool)
         self.ending, self.plain = self.places[ending], self.places[~ending]
@@ -62,7 +69,7 @@ class WorldData:
         self.settings = settings
         self.seed = seed
         memory = self.format.turns.memory
-        self.sources = {name: _Source(sources[name], memory) for name in self.names}
+        self.sources = {name: _Source(sources[name], memory, partners_of(name)) for name in self.names}
         self._own: dict[int, list[WorldRow]] = {}
 
     def batch(self, number: int) -> list[WorldRow]:

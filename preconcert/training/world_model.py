@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from preconcert.core import Episode, Move, Outcome, UnknownNameError, derive_seed
 from preconcert.models import TransformersModel, route_rows
 from preconcert.models.constrained import HeadScale, head_scale
+from preconcert.prompts import OWN_TEAM
 from preconcert.training.world_data import WorldData, collate
 from preconcert.training.world_rows import LOSSES, Step, world_steps
 from preconcert.training.world_settings import WorldTraining, WorldWeights
@@ -234,7 +235,12 @@ def refine(
 
 
 def heldout_report(
-    world: TokenWorldModel, episodes: Sequence[Episode], seed: int, horizon: int = 5, rows: int = 1000
+    world: TokenWorldModel,
+    episodes: Sequence[Episode],
+    seed: int,
+    horizon: int = 5,
+    rows: int = 1000,
+    partners: str = OWN_TEAM,
 ) -> dict[str, float]:
     """How right the model is about play it has not learned from, the others' real actions given.
 
@@ -244,13 +250,14 @@ def heldout_report(
         seed: of the samples.
         horizon: steps of the longest imagination.
         rows: transitions at the most, drawn at random.
+        partners: who played, one of `PARTNERS`.
 
     Returns:
         Shares of right answers: whole views, views in their determined fields, single fields, rewards, ends, after one
         step and (for views) after `horizon` steps of going on from its own views; the share of malformed answers; the
         others' actions: accuracy and nats; nats per view.
     """
-    chains = [chain for episode in episodes for chain in world_steps(episode, world.format.turns.memory)]
+    chains = [chain for episode in episodes for chain in world_steps(episode, world.format.turns.memory, partners)]
     places = [(chain, index) for chain in chains for index in range(len(chain))]
     # At random: at even distances they would all fall on the same steps of episodes of equal length.
     order = np.random.default_rng(derive_seed(seed, "rows")).permutation(len(places))[:rows]

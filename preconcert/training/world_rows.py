@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from preconcert.core import Episode, Message, Move, StopReason
-from preconcert.prompts import WorldAnswer, WorldFormat, WorldPart
+from preconcert.prompts import OWN_TEAM, WorldAnswer, WorldFormat, WorldPart
 from preconcert.world_models import TokenBelief
 
 
@@ -52,12 +52,13 @@ class Step:
     """The last step of its episode, or one whose reward is not the commonest one."""
 
 
-def world_steps(episode: Episode, memory: int) -> list[list[Step]]:
+def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list[list[Step]]:
     """Every agent's steps in order.
 
     Args:
         episode: finished play.
         memory: how many of its own last actions an agent is reminded of.
+        partners: who played, one of `PARTNERS`.
     """
     chains: list[list[Step]] = []
     for agent, mine in episode.trajectories.items():
@@ -72,7 +73,7 @@ def world_steps(episode: Episode, memory: int) -> list[list[Step]]:
             theirs = {other: episode.trajectories[other].turns[index].action for other in others}
             chain.append(
                 Step(
-                    belief=TokenBelief(agent, others, turn.observation, turn.inbox, recent),
+                    belief=TokenBelief(agent, others, turn.observation, turn.inbox, recent, partners),
                     move=Move(turn.action, turn.message.payload if turn.message is not None else None, theirs),
                     view=(mine.final_observation if last else mine.turns[index + 1].observation).text,
                     reward=turn.reward,
@@ -143,7 +144,9 @@ def world_row(
     asked = () if given else tuple(order) or others
     theirs = step.move.others or {}
     move = Move(step.move.action, step.move.message, theirs if given else None)
-    prompt = spelling.prompt_ids(belief.agent, belief.observation, belief.inbox, others, belief.memory, move)
+    prompt = spelling.prompt_ids(
+        belief.agent, belief.observation, belief.inbox, others, belief.memory, move, belief.partners
+    )
     valued = spelling.valued and not step.done
     answer = WorldAnswer(
         view=step.view,

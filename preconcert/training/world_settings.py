@@ -6,9 +6,6 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SOURCES = ("random", "scripted", "learner")
-"""Who plays the episodes: uniform over legal actions, the task's imperfect player, the warm-started team."""
-
 
 class WorldWeights(BaseModel):
     """The weight of each part's cross-entropy; each is a mean over its own tokens."""
@@ -79,6 +76,9 @@ class WorldModelSettings(BaseModel):
     share: float = Field(0.5, ge=0, lt=1)
     """Share of world rows in the warm start's full fine-tuning; turns stay as many as without. 0 leaves the base as it
     is without a world model."""
+    tell_partners: bool = True
+    """Prompts say whose play an episode is. Without it the model takes its partners for a mixture of all players that
+    it has seen, drawn anew at every step."""
     random_episodes: int = Field(1500, ge=0)
     """Episodes of random play."""
     scripted_episodes: int = Field(1500, ge=1)

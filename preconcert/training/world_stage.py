@@ -15,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from preconcert.agents import ChannelSettings, GenerativeTeam
 from preconcert.core import ConfigError, Env, Episode, derive_seed
 from preconcert.envs import make_env
 from preconcert.models import LanguageModel, TransformersModel
-from preconcert.prompts import TurnFormat, WorldFormat
+from preconcert.prompts import OWN_TEAM, TurnFormat, WorldFormat
 from preconcert.training.json_file import write_json
 from preconcert.training.progress import LossProgress
 from preconcert.training.recipe import Recipe
@@ -86,9 +87,12 @@ def mix_world_rows(
         return turns, settings
     share = recipe.world_model.share
     random = _play(recipe, "random", recipe.world_model.random_episodes, "train", reporter)
-    spelling = WorldFormat(turn_format, value_range(scripted, turn_format.language.rewards))
+    scale = value_range(scripted, turn_format.language.rewards)
+    spelling = WorldFormat(turn_format, scale, recipe.world_model.tell_partners)
     steps = {
-        name: [step for episode in episodes for chain in world_steps(episode, turn_format.memory) for step in chain]
+        name: [
+            step for episode in episodes for chain in world_steps(episode, turn_format.memory, name) for step in chain
+        ]
         for name, episodes in (("scripted", scripted), ("random", random))
     }
     rng = np.random.default_rng(derive_seed(recipe.seed, "world rows"))
@@ -103,7 +107,11 @@ def mix_world_rows(
             others = step.belief.others
             asked = [others[int(place)] for place in rng.permutation(len(others))]
             dice = float(rng.random()) if name == "scripted" else None
-            row = world_row(spelling, step, bool(number % 2), asked, dice)
+            belief = step.belief
+            if name == "scripted" and rng.random() < 0.5:
+                # The team will play as the script does, as far as anybody knows yet.
+                belief = replace(belief, partners=OWN_TEAM)
+            row = world_row(spelling, step, bool(number % 2), asked, dice, belief)
             # The base learns the form from a few rows, enough to write without a grammar.
             formed = number % _FORMED == 0
             counted = [kind > 0 and (formed or LOSSES[kind - 1] is not Loss.FORM) for kind in row.kinds]
@@ -184,13 +192,14 @@ def _teach(
     free = _model_on(recipe, model, env, scale, TokenWorldSettings(constrained=False))
     found = {
         "value_range": list(scale),
+        "tell_partners": settings.tell_partners,
         "log": log,
         "coverage": coverage(sources, heldout),
         "heldout": {
             name: {
-                "sampled": heldout_report(world, episodes, derive_seed(seed, "heldout", name)),
-                "greedy": heldout_report(greedy, episodes, 0),
-                "free": heldout_report(free, episodes[:10], derive_seed(seed, "free", name)),
+                "sampled": heldout_report(world, episodes, derive_seed(seed, "heldout", name), partners=name),
+                "greedy": heldout_report(greedy, episodes, 0, partners=name),
+                "free": heldout_report(free, episodes[:10], derive_seed(seed, "free", name), partners=name),
             }
             for name, episodes in heldout.items()
         },
@@ -225,8 +234,9 @@ def load_world_model(
     refreshed = _refreshed(run)
     model.load_adapter(ADAPTER, refreshed[-1][1] if refreshed else run / FOLDER / "adapter")
     env = make_env(recipe.task, recipe.params, 0, "train")
-    low, high = json.loads(marker.read_text())["value_range"]
-    return _model_on(recipe, model, env, (low, high), settings)
+    made = json.loads(marker.read_text())
+    low, high = made["value_range"]
+    return _model_on(recipe, model, env, (low, high), settings, bool(made.get("tell_partners")))
 
 
 class WorldRefresh:
@@ -274,9 +284,11 @@ def _model_on(
     env: Env,
     scale: tuple[float, float],
     settings: TokenWorldSettings | None = None,
+    tells_partners: bool | None = None,
 ) -> TokenWorldModel:
+    told = world_settings(recipe).tell_partners if tells_partners is None else tells_partners
     turns = TurnFormat(model.tokenizer, env.language, recipe.agent.spans, recipe.agent.memory)
-    return TokenWorldModel(model, WorldFormat(turns, scale), ADAPTER, settings=settings)
+    return TokenWorldModel(model, WorldFormat(turns, scale, told), ADAPTER, settings=settings)
 
 
 def _warm_model(recipe: Recipe, out: Path, assignment: Mapping[str, str]) -> TransformersModel:

@@ -97,6 +97,7 @@ def cases_of(
     starts: Sequence[int],
     env_at: Callable[[Episode, int], Env],
     agents: Sequence[str] | None = None,
+    partners: str | None = None,
 ) -> list[Case]:
     """Cases of one episode.
 
@@ -107,6 +108,7 @@ def cases_of(
         starts: steps from which to imagine.
         env_at: the episode's environment as it stood before a step, for models that look at it.
         agents: whose; all by default.
+        partners: who played the episode, where models are to know.
     """
     found: list[Case] = []
     for start in starts:
@@ -117,7 +119,7 @@ def cases_of(
             now = mine.turns[start]
             request = TurnRequest(
                 f"{name}@{start}", agent, now.observation, now.inbox, others, language,
-                derive_seed(name, agent, start), env,
+                derive_seed(name, agent, start), env, partners=partners,
             )  # fmt: skip
             moves, outcomes = [], []
             for at in range(start, len(mine.turns)):

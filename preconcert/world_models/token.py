@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,7 +33,7 @@ from preconcert.models.language_model import (
     LanguageModel,
     ScoreRequest,
 )
-from preconcert.prompts import WorldAnswer, WorldFormat, WorldPart
+from preconcert.prompts import OWN_TEAM, WorldAnswer, WorldFormat, WorldPart
 
 
 class TokenWorldSettings(BaseModel):
@@ -61,6 +61,8 @@ class TokenBelief:
     inbox: tuple[Message, ...]
     memory: tuple[str, ...]
     """Its last actions, oldest first, as many as the prompt shows."""
+    partners: str = OWN_TEAM
+    """Whose play the others' is, one of `PARTNERS`."""
 
 
 class TokenWorldModel:
@@ -105,6 +107,7 @@ class TokenWorldModel:
                 request.observation,
                 request.inbox,
                 self._recent([turn.action for turn in past]),
+                request.partners or OWN_TEAM,
             )
             for request, past in zip(requests, pasts, strict=True)
         ]
@@ -167,7 +170,7 @@ class TokenWorldModel:
 
     def _prompt(self, belief: TokenBelief, move: Move) -> tuple[int, ...]:
         return self.format.prompt_ids(
-            belief.agent, belief.observation, belief.inbox, belief.others, belief.memory, move
+            belief.agent, belief.observation, belief.inbox, belief.others, belief.memory, move, belief.partners
         )
 
     def _adapter(self, belief: TokenBelief) -> str | None:
@@ -195,8 +198,11 @@ class TokenWorldModel:
             reward=float(answer.reward) if answer.reward is not None else 0.0,
             done=answer.done,
             value=0.0 if answer.done else self._value(belief, asked, answer, completion),
-            belief=TokenBelief(
-                belief.agent, belief.others, observation, inbox, self._recent([*belief.memory, move.action])
+            belief=replace(
+                belief,
+                observation=observation,
+                inbox=inbox,
+                memory=self._recent([*belief.memory, move.action]),
             ),
         )
 

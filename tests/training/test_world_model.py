@@ -152,12 +152,12 @@ def test_a_batch_has_the_losses_of_its_rows(world: TokenWorldModel, episodes: di
 
 
 class Listening(TokenWorldModel):
-    """Keeps what it was asked and what it answered."""
+    """Keeps what it was asked and what it answered. Nothing ends early, whatever an untrained model says."""
 
     def advance(
         self, beliefs: Sequence[TokenBelief], moves: Sequence[Move], seeds: Sequence[int]
     ) -> list[ImaginedStep]:
-        found = super().advance(beliefs, moves, seeds)
+        found = [replace(step, done=False) for step in super().advance(beliefs, moves, seeds)]
         self.calls.append((list(beliefs), list(moves), found))
         return found
 
