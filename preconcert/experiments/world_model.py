@@ -299,6 +299,9 @@ WORLD_MODEL = Experiment(
         "draws instead, and a drawn guess at something that cannot be known has a larger squared error. Probabilities "
         "(negative log-likelihoods, ends, teammates' actions) do not depend on it, and where plans are carried out all "
         "models draw.",
+        "The token model goes on from what the agent has before it, not from all that it saw: what a partner said two "
+        "steps ago may be contradicted by what it is imagined to say now. Over 30 steps that makes imagined teamwork "
+        "worse than real teamwork.",
         "Half of the moments that are asked about are chosen such that a horizon falls on the last step, so ends are "
         "commoner than in play, and AUROC is not the share of ends that would be found there.",
         "What an agent cannot see (a partner out of sight, the open landmark before it is named) is part of the "

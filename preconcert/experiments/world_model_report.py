@@ -8,10 +8,12 @@ from preconcert.experiments.experiment import CellResult, Plan
 from preconcert.experiments.figures import curves_figure, reliability_figure
 from preconcert.experiments.readings import SIGNIFICANT, Readings, measure_named
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
-from preconcert.experiments.statistics import Estimate, holm, mean
+from preconcert.experiments.statistics import Comparison, Estimate, holm, mean
 
 SUBJECT = "token"
 """The arm that the targets are about."""
+UNTOLD = "token-untold"
+"""The same without being told whose play it is."""
 RIVALS = ("copy-last", "recurrent")
 MODES = {"a": "true joint actions given", "b": "teammates imagined"}
 FIGURES = (
@@ -217,7 +219,25 @@ def _gaps(plan: Plan, readings: Readings) -> list[Finding]:
         )
         text += f"; its answers shuffled err by {_said(shuffled)}." if shuffled else "."
         found.append(Finding(text, alone.low > given.high))
+        told = readings.compare(SUBJECT, UNTOLD, measure_named("mate_ce_a_1"), task.name)
+        if told is not None:
+            found.append(_of_being_told(readings, task.name, told))
     return found
+
+
+def _of_being_told(readings: Readings, task: str, costs: Comparison) -> Finding:
+    """What it is worth to know whose play it is."""
+    text = (
+        f"{task}: told whose play it is, the token model is surer of a teammate's next action by "
+        f"{-costs.difference.value:.3f} nats (95%: {-costs.difference.high:.3f} to {-costs.difference.low:.3f})"
+    )
+    ratios = [readings.estimate(arm, measure_named("free_ratio"), task) for arm in (SUBJECT, UNTOLD)]
+    if ratios[0] is not None and ratios[1] is not None:
+        text += (
+            f", and the policy succeeds in the world {_said(ratios[0])} times as often as inside it; untold, "
+            f"{_said(ratios[1])} times"
+        )
+    return Finding(f"{text}.", costs.verdict == -1)
 
 
 def _curves(plan: Plan, readings: Readings, name: str, what: str) -> ReportFigure | None:

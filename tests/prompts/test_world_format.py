@@ -9,10 +9,22 @@ from typing import Any
 
 import pytest
 
-from preconcert.core import GrammarError, Message, Move, Observation, Slot, TaskLanguage, View, ViewField
+from preconcert.core import (
+    GrammarError,
+    Message,
+    Move,
+    Observation,
+    Slot,
+    TaskLanguage,
+    UnknownNameError,
+    View,
+    ViewField,
+)
 from preconcert.envs import make_env, tasks
 from preconcert.models.starter import word_tokenizer
 from preconcert.prompts import (
+    OWN_TEAM,
+    PARTNERS,
     SILENCE,
     SpanSettings,
     TurnFormat,
@@ -187,6 +199,22 @@ def test_values_keep_their_expectation(spelling: str) -> None:
 
 def test_default_range_is_that_of_one_reward() -> None:
     assert format_of("toy", "compact").value_range == (-1.0, 0.5)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_prompts_say_whose_play_it_is_only_where_they_are_to(spelling: str) -> None:
+    quiet = format_of("toy", spelling)
+    telling = WorldFormat(quiet.turns, tells_partners=True)
+    asked = ("a", Observation("a", "the left door is open", TOY.actions, 0), (), OTHERS, (), Move(TOY.actions[0]))
+    prompts = {kind: telling.prompt_ids(*asked, partners=kind) for kind in PARTNERS}
+    assert len(set(prompts.values())) == len(PARTNERS)
+    assert prompts[OWN_TEAM] == telling.prompt_ids(*asked)
+    assert {quiet.prompt_ids(*asked, partners=kind) for kind in PARTNERS} == {quiet.prompt_ids(*asked)}
+    for kind, ids in prompts.items():
+        text = quiet.tokenizer.decode(ids)
+        assert kind in text.partition("<by>")[2].split("<", 1)[0]
+    with pytest.raises(UnknownNameError, match="nobody"):
+        quiet.prompt_ids(*asked, partners="nobody")
 
 
 def test_digits_are_words_only_where_they_are_asked_for() -> None:

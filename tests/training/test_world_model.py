@@ -254,6 +254,49 @@ def test_training_moves_its_adapter_alone_and_repeats(
     assert all(torch.equal(after[name], p) for name, p in model.adapter_parameters("world").items())
 
 
+def test_told_partners_play_as_they_are_said_to(
+    world: TokenWorldModel, episodes: dict[str, list[Episode]], tmp_path: Path
+) -> None:
+    """One view among random and among skilled partners: the word in the prompt alone decides what is expected of them;
+    a model that is not told expects the same of both."""
+    sources = {name: episodes[name] for name in ("random", "expert")}
+    settings = WorldTraining(
+        steps=120, batch=48, lr=3e-2, own_every=0, shares={"random": 1, "expert": 1},
+        weights=WorldWeights(others=1.0, view=0.0, reward=0.0, done=0.0, hear=0.0, value=0.0, form=0.0),
+    )  # fmt: skip
+    start = {name: p.detach().clone() for name, p in backend(world).adapter_parameters("world").items()}
+    gain: dict[bool, float] = {}
+    for told in (True, False):
+        with torch.no_grad():
+            for name, parameter in backend(world).adapter_parameters("world").items():
+                parameter.copy_(start[name])
+        spelling = WorldFormat(world.format.turns, tells_partners=told)
+        model = TokenWorldModel(world.model, spelling, "world")
+        train_world_model(backend(world), model, sources, settings, 5, tmp_path / str(told))
+        right, wrong = (
+            sum(
+                heldout_report(model, episodes[name], 0, horizon=1, partners=kind)["others_nats"]
+                for name, kind in pairs
+            )
+            for pairs in ((("expert", "learner"), ("random", "random")), (("expert", "random"), ("random", "learner")))
+        )
+        gain[told] = wrong - right
+    assert gain[False] == 0
+    assert gain[True] > 0.1
+
+
+def test_sources_say_who_plays_in_them(world: TokenWorldModel, episodes: dict[str, list[Episode]]) -> None:
+    spelling = WorldFormat(world.format.turns, tells_partners=True)
+    model = TokenWorldModel(world.model, spelling, "world")
+    for source, kind in (("random", "random"), ("scripted", "scripted"), ("rollout", "learner")):
+        played = {source: episodes["random"]}
+        settings = WorldTraining(steps=4, batch=6, own_start=0.0, shares={source: 1.0})
+        data = WorldData(played, model, settings, 1)
+        for number in (0, 1):  # real moments, and imagined ones
+            texts = [world.format.tokenizer.decode(row.ids) for row in data.batch(number)]
+            assert all(f" <by> {kind} " in text for text in texts)
+
+
 def test_refining_leaves_everything_else_alone(world: TokenWorldModel, episodes: dict[str, list[Episode]]) -> None:
     model = backend(world)
     settings = WorldTraining(steps=12, batch=16, own_every=3, shares={"scripted": 1.0})

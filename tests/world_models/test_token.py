@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from preconcert.agents import ChannelSettings
-from preconcert.core import Message, Move, Outcome, UnknownNameError, WorldModel
+from preconcert.core import Message, Move, Outcome, TurnRequest, UnknownNameError, WorldModel
 from preconcert.envs import make_env
 from preconcert.models import LoraSettings, ScoreRequest, TransformersModel, build_starter
 from preconcert.prompts import SpanSettings, TurnFormat, WorldAnswer, WorldFormat, starter_words
@@ -105,6 +105,20 @@ def test_given_actions_are_taken_as_they_are(make: Make, steps: list[Step]) -> N
         for other, action in (move.others or {}).items():
             assert step.others[other] == action
         assert set(step.others) == set(steps[0].belief.others)
+
+
+def test_partners_are_the_own_team_unless_it_is_said(make: Make, steps: list[Step]) -> None:
+    """What a request says of them stays through an imagination."""
+    world = make()
+    step = steps[0]
+    asked = TurnRequest(
+        "e", step.belief.agent, step.belief.observation, step.belief.inbox, step.belief.others, world.format.language,
+        0, None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    own, others = world.begin([asked, replace(asked, partners="random")], [(), ()])
+    assert (own.partners, others.partners) == ("learner", "random")
+    (after,) = world.advance([others], [step.move], [1])
+    assert after.belief.partners == "random"
 
 
 def test_the_last_message_of_every_sender_stays(make: Make, steps: list[Step]) -> None:
