@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from preconcert.core import Latent, ModelError
 from preconcert.models.adapters import Adapters, LoraSettings
+from preconcert.models.choosing import check_options, choose_by_score
 from preconcert.models.constrained import UNCONSTRAINED, UNSCORED, constrained_logprobs, grammar_table, head_scale
 from preconcert.models.decoding import Head, Writing, write
 from preconcert.models.language_model import (
@@ -212,8 +213,7 @@ class TransformersModel:
                 than the model takes.
         """
         for request in requests:
-            if not request.options or not all(request.options) or len(set(request.options)) < len(request.options):
-                raise ModelError(f"options to choose from must be different and not empty: {request.options[:8]}")
+            check_options(request)
             self._check(request, len(request.prompt_ids) + max(len(option) for option in request.options))
         short = [index for index, request in enumerate(requests) if max(map(len, request.options)) == 1]
         long = [index for index, request in enumerate(requests) if max(map(len, request.options)) > 1]
@@ -222,20 +222,7 @@ class TransformersModel:
             for chunk in self._chunks([requests[index] for index in short]):
                 places = [short[place] for place in chunk]
                 answers.update(zip(places, self._choose([requests[place] for place in places]), strict=True))
-        scores = iter(
-            self.score(
-                [
-                    ScoreRequest(requests[index].prompt_ids, option, requests[index].adapter)
-                    for index in long
-                    for option in requests[index].options
-                ]
-            )
-            if long
-            else ()
-        )
-        for index in long:
-            sums = np.array([sum(next(scores)) for _ in requests[index].options])
-            answers[index] = tuple((sums - np.logaddexp.reduce(sums)).tolist())
+        answers.update(zip(long, choose_by_score([requests[index] for index in long], self.score), strict=True))
         return [answers[index] for index in range(len(requests))]
 
     def speak(self, requests: Sequence[SpeakRequest]) -> list[Latent]:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from preconcert.core import Latent, ModelError, nearest
 from preconcert.models.adapters import LoraSettings
+from preconcert.models.choosing import check_options, choose_by_score
 from preconcert.models.language_model import (
     ChoiceRequest,
     Completion,
@@ -298,8 +299,7 @@ class VLLMModel:
                 than the model takes, no answer in time, or an engine that is gone for good.
         """
         for request in requests:
-            if not request.options or not all(request.options) or len(set(request.options)) < len(request.options):
-                raise ModelError(f"options to choose from must be different and not empty: {request.options[:8]}")
+            check_options(request)
             self._check(request, len(request.prompt_ids) + max(len(option) for option in request.options))
         short = [
             index for index, one in enumerate(requests) if max(map(len, one.options)) == 1 and len(one.options) > 1
@@ -322,15 +322,7 @@ class VLLMModel:
             table = dict(zip(completion.watched[0].tokens, completion.watched[0].logprobs, strict=True))
             answers[index] = tuple(table[option[0]] for option in requests[index].options)
         long = [index for index in range(len(requests)) if index not in answers]
-        texts = [
-            ScoreRequest(requests[index].prompt_ids, option, requests[index].adapter)
-            for index in long
-            for option in requests[index].options
-        ]
-        scores = iter(self.score(texts) if texts else ())
-        for index in long:
-            sums = np.array([sum(next(scores)) for _ in requests[index].options])
-            answers[index] = tuple((sums - np.logaddexp.reduce(sums)).tolist())
+        answers.update(zip(long, choose_by_score([requests[index] for index in long], self.score), strict=True))
         return [answers[index] for index in range(len(requests))]
 
     def speak(self, requests: Sequence[SpeakRequest]) -> list[Latent]:
