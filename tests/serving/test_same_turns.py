@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from preconcert.agents import AgentSettings, ChannelSettings, Context, GenerativeTeam
+from preconcert.agents import AgentSettings, ChannelSettings, Context
 from preconcert.core import Episode, derive_seed
 from preconcert.models import TransformersModel
 from preconcert.serving.app import create_app
 from preconcert.serving.client import RemoteTeam, ServiceClient
 from preconcert.serving.team import ServedTeam
-from preconcert.training.rollout import EpisodeSpec, rollout
+from preconcert.training.rollout import EpisodeSpec, Policies, rollout
 from tests.serving.conftest import running
 from tests.training.teams import AGENTS, PARAMS, TASK, team_on
 
@@ -59,7 +59,7 @@ def _rounded(episode: Episode) -> Episode:
 
 
 def here(
-    team: GenerativeTeam, channel: ChannelSettings, seed: int, specs: Sequence[EpisodeSpec] = SPECS
+    team: Policies, channel: ChannelSettings, seed: int, specs: Sequence[EpisodeSpec] = SPECS
 ) -> list[Episode]:
     """As `preconcert eval` plays."""
     return rollout(specs, team, channel, derive_seed(seed, "eval"))
