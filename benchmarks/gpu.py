@@ -41,7 +41,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from preconcert.models import GenerateRequest, LoraSettings, TransformersModel
 from preconcert.models.starter import word_tokenizer
 from preconcert.models.vllm_settings import VLLMSettings
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout
 from preconcert.training.recipe import GRPOSettings, Recipe
 from preconcert.training.rows import GrammarTable, Row
 from preconcert.training.run import grpo_config

@@ -66,8 +66,10 @@ from preconcert.models.decoding import sample
 from preconcert.prompts import starter_words
 from preconcert.training.batch import collate
 from preconcert.training.credit import TurnKey, estimate
-from preconcert.training.critic import Critic, CriticSettings
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
+from preconcert.training.critic import Critic
+from preconcert.training.critic_settings import CriticSettings
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout
 from preconcert.training.recipe import GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, Row, build_rows

@@ -27,7 +27,8 @@ from preconcert.agents import AgentSettings, ChannelSettings, GenerativeTeam
 from preconcert.agents.planners import PlanningTeam
 from preconcert.core import Turn
 from preconcert.models import ChoiceRequest, Completion, GenerateRequest, LoraSettings, ScoreRequest, VLLMSettings
-from preconcert.models.vllm_model import VLLMModel, vllm_builds
+from preconcert.models.vllm_model import VLLMModel
+from preconcert.models.vllm_start import vllm_builds
 from preconcert.prompts import WorldFormat
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.world_models.token import TokenWorldModel

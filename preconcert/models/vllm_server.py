@@ -23,8 +23,8 @@ import httpx
 from preconcert.core import ModelError
 from preconcert.models.adapters import LoraSettings
 from preconcert.models.vllm_heads import fitted_adapter, fitted_checkpoint
-from preconcert.models.vllm_model import check_vllm, engine_arguments, environment_of, read_base
 from preconcert.models.vllm_settings import VLLMSettings
+from preconcert.models.vllm_start import check_vllm, engine_arguments, environment_of, read_base
 
 PROCESSOR = "preconcert.models.vllm_engine:Dice"
 BASE = "base"

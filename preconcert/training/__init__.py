@@ -2,7 +2,8 @@
 
 from preconcert.training.credit import ESTIMATORS, Credit, RewardSettings, TurnKey, estimate
 from preconcert.training.gate import GateResult, run_gate
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout, RolloutSource
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout, RolloutSource
 from preconcert.training.measures import Measures, measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter, Silent

@@ -3,9 +3,9 @@
 A critic is an adapter and a linear head on the shared base, or a model of its own. It trains on returns and is never
 used when acting. Its parameters are disjoint from the policy's, so its update is a step of its own beside TRL's.
 
-Parts: `CriticSettings`, `CriticReader` (what is read for which turn), `ValueHead` (per-agent normalisation, PopArt),
-`value_losses`, `Critic`, and `Processes`, by which several fit one critic. Which returns it is fitted to is credit's
-business.
+Parts: `Critic`, `value_losses`, the encoders, and `Processes`, by which several fit one critic. Its settings are in
+`critic_settings.py`, what is read for which turn in `critic_reader.py`, the head in `value_head.py`. Which returns it
+is fitted to is credit's business.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,240 +20,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from preconcert.core import Episode, TrainingError, derive_seed
 from preconcert.models import TransformersModel, load_checkpoint, route_rows
 from preconcert.training.credit import TurnKey
+from preconcert.training.critic_reader import CriticReader, Reading
+from preconcert.training.critic_settings import CriticModel, CriticSettings
+from preconcert.training.value_head import ValueHead
 
 ADAPTER = "critic"
 """The critic's adapter on the shared base."""
-
-
-class CriticContext(StrEnum):
-    """What the critic reads."""
-
-    CENTRAL = "central"
-    """The global state and every message that somebody holds."""
-    AGENT_CENTRAL = "agent-central"
-    """The same, and after it the agent's own prompt: MAPPO's agent-specific global state (arXiv 2103.01955). One
-    sequence per turn instead of one per step."""
-    OWN = "own"
-    """The agent's own prompt."""
-
-
-class CriticModel(StrEnum):
-    """Where the critic's weights are."""
-
-    SHARED = "shared"
-    """An adapter and a head on the policy's base."""
-    SEPARATE = "separate"
-    """A full copy of the base, every weight trained."""
-
-
-class CriticSettings(BaseModel):
-    """The critic and how it learns."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    context: CriticContext = CriticContext.CENTRAL
-    """What it reads."""
-    model: CriticModel = CriticModel.SHARED
-    """Where its weights are."""
-    lr: float = Field(3e-3, gt=0)
-    """AdamW's learning rate."""
-    epochs: int = Field(3, ge=1)
-    """Passes over each rollout."""
-    minibatches: int = Field(8, ge=1)
-    """Optimiser steps per pass."""
-    clip: float | None = Field(0.2, gt=0)
-    """How far a value may move from the one at the rollout before it stops counting, in normalised units."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Clip of the gradient's norm."""
-    normalise: bool = True
-    """Keep each agent's returns at mean 0 and deviation 1 for the head (PopArt)."""
-    memory: float = Field(0.9, ge=0, lt=1)
-    """Weight of the past in the normaliser's moving moments, per rollout."""
-    warmup_iterations: int = Field(2, ge=0)
-    """First iterations in which the critic learns and the policy has no advantage yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One sequence and the values that are read off it."""
-
-    ids: tuple[int, ...]
-    places: tuple[tuple[int, int, TurnKey, int], ...]
-    """(token whose hidden state is read, column of the head, turn, token of that turn's completion)."""
-    name: str
-    """Episode, step and agent: the same in every process and for any division of the work."""
-
-
-class CriticReader:
-    """Which tokens the critic sees for each turn.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        agents: in the episode's order.
-        context: whole truth or own prompt.
-        acted: also read what earlier agents of the same step have done (values chained over agents).
-        per_token: one value before each token of a completion, instead of one before the turn.
-        learners: the adapters whose turns need values; None for all.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        agents: Sequence[str],
-        context: CriticContext,
-        acted: bool = False,
-        per_token: bool = False,
-        learners: Collection[str] | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.agents = tuple(agents)
-        self.context = context
-        self.acted = acted
-        self.per_token = per_token
-        self.learners = learners
-        self._ids: dict[str, tuple[int, ...]] = {}
-
-    def read(self, episodes: Sequence[Episode]) -> list[Reading]:
-        """One sequence per step where all agents can share it, else one per turn."""
-        together = self.context is CriticContext.CENTRAL and not self.acted and not self.per_token
-        readings: list[Reading] = []
-        for position, episode in enumerate(episodes):
-            if tuple(episode.trajectories) != self.agents:
-                raise TrainingError(
-                    f"the critic knows the agents {', '.join(self.agents)}, an episode has "
-                    f"{', '.join(episode.trajectories)}"
-                )
-            # Scripted players and frozen adapters are part of the world: their turns need no value.
-            writers = [column for column, agent in enumerate(self.agents) if self._learns(episode, agent)]
-            if not writers:
-                continue
-            for index in range(episode.steps):
-                if together:
-                    ids = self._truth(episode, index)
-                    places = tuple(
-                        (len(ids) - 1, column, TurnKey(position, self.agents[column], index), 0) for column in writers
-                    )
-                    readings.append(Reading(ids, places, _name(episode, index)))
-                else:
-                    readings += [self._alone(episode, position, index, column) for column in writers]
-        return readings
-
-    def _learns(self, episode: Episode, agent: str) -> bool:
-        return any(
-            turn.completion_ids and (self.learners is None or turn.adapter in self.learners)
-            for turn in episode.trajectories[agent].turns
-        )
-
-    def _alone(self, episode: Episode, position: int, index: int, column: int) -> Reading:
-        agent = self.agents[column]
-        turn = episode.trajectories[agent].turns[index]
-        ids: tuple[int, ...] = () if self.context is CriticContext.OWN else self._truth(episode, index)
-        if self.acted:
-            done = (f"{a} {episode.trajectories[a].turns[index].action}" for a in self.agents[:column])
-            ids += self._tokens(" ".join(done))
-        if self.context is not CriticContext.CENTRAL or self.per_token:
-            ids += turn.prompt_ids
-        key, name = TurnKey(position, agent, index), f"{_name(episode, index)}:{agent}"
-        if not self.per_token:
-            return Reading(ids, ((len(ids) - 1, column, key, 0),), name)
-        places = tuple((len(ids) - 1 + token, column, key, token) for token in range(len(turn.completion_ids)))
-        return Reading(ids + turn.completion_ids[:-1], places, name)
-
-    def _truth(self, episode: Episode, index: int) -> tuple[int, ...]:
-        held = {
-            (message.sender, message.sent_at, message.written or message.payload): message
-            for trajectory in episode.trajectories.values()
-            for message in trajectory.turns[index].inbox
-        }
-        said = " ".join(f"{sender} {payload}" for sender, _, payload in sorted(held))
-        ids = self._tokens(episode.states[index]) + self._tokens(said)
-        if not ids:
-            raise TrainingError(f"{episode.task}: the global state at step {index} is empty: there is nothing to read")
-        return ids
-
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        if text not in self._ids:
-            if len(self._ids) > 100_000:
-                self._ids.clear()
-            self._ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._ids[text]
-
-
-def _name(episode: Episode, index: int) -> str:
-    return f"{episode.group}:{episode.iteration}:{episode.sample}:{index}"
-
-
-class ValueHead(nn.Module):
-    """A linear value per agent in units of that agent's returns (PopArt, arXiv 1602.07714, equations 4 to 9).
-
-    Args:
-        width: of the hidden state.
-        agents: number of columns.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-    first: Tensor
-    second: Tensor
-    weight_seen: Tensor
-
-    def __init__(self, width: int, agents: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, agents)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        for name, start in (("mean", 0.0), ("deviation", 1.0), ("first", 0.0), ("second", 0.0), ("weight_seen", 0.0)):
-            self.register_buffer(name, torch.full((agents,), start, dtype=torch.float64))
-
-    def forward(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows agents"]:
-        """Normalised values."""
-        return self.linear(hidden.to(self.linear.weight.dtype))
-
-    def raw(self, normalised: Float[Tensor, " n"], column: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """In units of the returns."""
-        return (normalised.double() * self.deviation[column] + self.mean[column]).to(normalised.dtype)
-
-    def normalised(self, raw: Float[Tensor, " n"], column: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """In units of the head."""
-        return ((raw.double() - self.mean[column]) / self.deviation[column]).to(raw.dtype)
-
-    @torch.no_grad()
-    def follow(
-        self,
-        count: Float[Tensor, " agents"],
-        total: Float[Tensor, " agents"],
-        squares: Float[Tensor, " agents"],
-        memory: float,
-    ) -> None:
-        """Move the moments towards a rollout's returns; the head is rescaled so that no raw value changes.
-
-        Args:
-            count: returns per agent; an agent without any keeps its moments.
-            total: their sum.
-            squares: the sum of their squares.
-            memory: weight of the past.
-        """
-        seen = count > 0
-        n = count.clamp(min=1)
-        step = seen.to(self.first.dtype) * (1.0 - memory)
-        self.first += step * (total / n - self.first)
-        self.second += step * (squares / n - self.second)
-        self.weight_seen += step * (1.0 - self.weight_seen)
-        known = self.weight_seen.clamp(min=1e-12)
-        mean = torch.where(self.weight_seen > 0, self.first / known, self.mean)
-        variance = (self.second / known - mean**2).clamp(min=1e-4)
-        deviation = torch.where(self.weight_seen > 0, variance.sqrt(), self.deviation)
-        kind = self.linear.weight.dtype
-        self.linear.weight.mul_((self.deviation / deviation).to(kind)[:, None])
-        self.linear.bias.copy_(((self.deviation * self.linear.bias.double() + self.mean - mean) / deviation).to(kind))
-        self.mean.copy_(mean)
-        self.deviation.copy_(deviation)
 
 
 class _Encoder(Protocol):

@@ -22,12 +22,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -35,12 +33,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from preconcert.core import Episode, TrainingError, derive_seed
+from preconcert.core import TrainingError, derive_seed
 from preconcert.models import AdapterRoute, Fills, add_constrained_head
 from preconcert.models.latents import CODECS, load_codec, save_codec
 from preconcert.training.batch import collate
-from preconcert.training.credit import Number, TurnKey
-from preconcert.training.rows import GrammarTable, Row, trained_tokens
+from preconcert.training.checkpoint_marker import write_marker
+from preconcert.training.grpo_rollout import Rollout, RolloutSource
+from preconcert.training.rows import GrammarTable, trained_tokens
 from preconcert.training.speech_loss import codecs_of, fills_of, pathwise_values, query_columns, speech_loss
 from preconcert.training.update import (
     Order,
@@ -54,35 +53,8 @@ from preconcert.training.update import (
     turn_weights,
 )
 
-MARKER = "complete.json"
-"""Last file written into a checkpoint."""
 SOURCE_STATE = "source.json"
 """What the rollout source remembers between iterations."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """What one iteration trains on."""
-
-    rows: Sequence[Row]
-    metrics: Mapping[str, float]
-    """Logged with the step."""
-    policy_tokens: int
-    """The policy loss's denominator: its tokens, those of rows left out for want of an advantage included."""
-    episodes: Sequence[Episode] = ()
-    """What was played."""
-    returns: Mapping[TurnKey, Number] | None = None
-    """What a critic should have said about `episodes`, where the credit estimator works with one."""
-    restarted: Sequence[str] = ()
-    """Adapters whose weights were put back before the rollout: what the optimiser remembers of them is void."""
-
-
-class RolloutSource(Protocol):
-    """Plays and rewards; called once per iteration."""
-
-    def collect(self, iteration: int) -> Rollout:
-        """This process's share of the rollout, groups kept whole."""
-        ...
 
 
 class MultiAgentGRPOTrainer(GRPOTrainer):
@@ -679,27 +651,6 @@ def _piece(batch: Mapping[str, torch.Tensor], places: torch.Tensor, heard: torch
 def _policy_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Tokens of the policy loss."""
     return (batch["tool_mask"] * batch["completion_mask"]).bool()
-
-
-def write_marker(folder: Path, step: int, iteration: int) -> None:
-    """Declare a checkpoint folder complete."""
-    beside = folder / (MARKER + ".new")
-    beside.write_text(json.dumps({"step": step, "iteration": iteration}))
-    with open(beside) as file:
-        os.fsync(file.fileno())
-    os.replace(beside, folder / MARKER)
-
-
-def latest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint of a run and the iteration to go on with; None where there is none."""
-    found: list[tuple[int, int, Path]] = []
-    for marker in folder.glob(f"checkpoint-*/{MARKER}"):
-        content = json.loads(marker.read_text())
-        found.append((content["step"], content["iteration"], marker.parent))
-    if not found:
-        return None
-    _, iteration, path = max(found)
-    return path, iteration
 
 
 def _no_reward(**_: Any) -> list[float]:

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 
 from preconcert.core import TrainingError
 from preconcert.training.critic import Critic
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout
 
 CRITIC_STATE = "critic.pt"
 """The critic in a checkpoint."""

@@ -13,7 +13,7 @@ from preconcert.core import SpanKind
 from preconcert.envs import TALK_ROUNDS, with_rounds
 from preconcert.models import LatentMethod, LoraSettings, StarterSettings
 from preconcert.training.credit import AgentCredit, CreditSettings, PredictionSettings, RewardMode, RewardSettings
-from preconcert.training.critic import CriticSettings
+from preconcert.training.critic_settings import CriticSettings
 from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.latent_start import LatentStartSettings
 from preconcert.training.league import LeagueSettings

@@ -41,10 +41,11 @@ from preconcert.core import (
 )
 from preconcert.envs import make_env
 from preconcert.models import LanguageModel, TransformersModel, check_model_name
+from preconcert.training.checkpoint_marker import latest_checkpoint
 from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
-from preconcert.training.grpo import MultiAgentGRPOTrainer, latest_checkpoint
+from preconcert.training.grpo import MultiAgentGRPOTrainer
 from preconcert.training.imagination import ImaginedIn, Imaginer
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_stage import train_latent_stage

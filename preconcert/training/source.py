@@ -29,7 +29,7 @@ from preconcert.training.credit import (
     estimate,
     ledger_of,
 )
-from preconcert.training.grpo import Rollout
+from preconcert.training.grpo_rollout import Rollout
 from preconcert.training.imagination import Imaginer
 from preconcert.training.league import League
 from preconcert.training.measures import measure

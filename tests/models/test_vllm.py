@@ -28,8 +28,9 @@ from preconcert.models import (
     VLLMSettings,
     check_backend,
 )
-from preconcert.models.vllm_model import VLLMModel, vllm_builds
+from preconcert.models.vllm_model import VLLMModel
 from preconcert.models.vllm_server import VLLMServer
+from preconcert.models.vllm_start import vllm_builds
 from preconcert.training.rollout import EpisodeSpec, rollout
 from tests.models.checkpoints import WORDS
 from tests.models.vllm_worlds import LORA, TASK, build_base, build_reference, distance, requests

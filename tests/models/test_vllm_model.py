@@ -23,7 +23,8 @@ from preconcert.models import (
 )
 from preconcert.models.vllm_heads import HeadFit, fitted_checkpoint
 from preconcert.models.vllm_instructions import GRAMMAR, ROWS, Row, Spelling, instructions, read_instructions
-from preconcert.models.vllm_model import VLLMModel, read_base
+from preconcert.models.vllm_model import VLLMModel
+from preconcert.models.vllm_start import read_base
 from preconcert.prompts.automaton import AutomatonBuilder
 from tests.models.checkpoints import WORDS
 from tests.models.logits_engine import LogitsEngine

@@ -20,7 +20,8 @@ from preconcert.envs import make_env
 from preconcert.models import LoraSettings, StarterSettings, TransformersModel, build_starter
 from preconcert.prompts import SpanSettings, starter_words
 from preconcert.training.credit import estimate
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout
 from preconcert.training.recipe import GateSettings, GRPOSettings, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
 from preconcert.training.rows import GrammarTable, Row, SpeechGradient, build_rows

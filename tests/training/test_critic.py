@@ -14,17 +14,10 @@ import torch
 from preconcert.core import Episode, TrainingError
 from preconcert.models import TransformersModel
 from preconcert.training.credit import TurnKey
-from preconcert.training.critic import (
-    ADAPTER,
-    Alone,
-    Critic,
-    CriticContext,
-    CriticModel,
-    CriticReader,
-    CriticSettings,
-    ValueHead,
-    value_losses,
-)
+from preconcert.training.critic import ADAPTER, Alone, Critic, value_losses
+from preconcert.training.critic_reader import CriticReader
+from preconcert.training.critic_settings import CriticContext, CriticModel, CriticSettings
+from preconcert.training.value_head import ValueHead
 from tests.training import episodes as made
 from tests.training.teams import (
     AGENTS,

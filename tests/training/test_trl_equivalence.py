@@ -17,7 +17,8 @@ from preconcert.agents import GenerativeTeam
 from preconcert.core import Episode, Trajectory
 from preconcert.models import TransformersModel
 from preconcert.training.credit import estimate
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout
 from preconcert.training.rows import GrammarTable, Row
 from tests.training.teams import largest_difference, load, play, rows_of, settings_of, team_on, weights_of
 

@@ -22,7 +22,8 @@ from preconcert.agents import ChannelSettings, GenerativeTeam
 from preconcert.core import Episode, derive_seed
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel
-from preconcert.training.grpo import MultiAgentGRPOTrainer, Rollout
+from preconcert.training.grpo import MultiAgentGRPOTrainer
+from preconcert.training.grpo_rollout import Rollout
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import Algorithm, Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
