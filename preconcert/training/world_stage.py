@@ -31,7 +31,7 @@ from preconcert.training.progress import LossProgress
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, Policies, ScriptedPolicy, rollout
-from preconcert.training.run_folder import base_of
+from preconcert.training.run_folder import base_of, load_recipe_of
 from preconcert.training.warm_cache import WarmCache, world_key
 from preconcert.training.warm_start import WarmStartMethod, WarmStartSettings
 from preconcert.training.world_data import coverage
@@ -221,10 +221,7 @@ def load_world_model(
     Raises:
         ConfigError: it is no run folder, or the run has no finished world model.
     """
-    file = run / "recipe.json"
-    if not file.is_file():
-        raise ConfigError(f"{str(run)!r} is not a run folder: it has no recipe.json")
-    recipe = Recipe.model_validate_json(file.read_text())
+    recipe = load_recipe_of(run)
     world_settings(recipe)
     marker = run / FOLDER / REPORT
     if not marker.is_file():
