@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 MARKER = "complete.json"
+"""Last file written into a checkpoint."""
 
 
 def write_marker(folder: Path, step: int, iteration: int) -> None:
