@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from preconcert.agents import GenerativeTeam
 from preconcert.agents.planners import PlannerSettings, PlanningTeam, SameTokensTeam, samples_for
 from preconcert.core import Episode, Policy, WorldModel
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players, heldout_specs, play
-from preconcert.experiments.world_data import Mixture, shared_play, shared_run
+from preconcert.experiments.world_data import Mixture, imitated_with, shared_play, shared_run, valued_by
 from preconcert.training.measures import measure
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
@@ -53,7 +55,8 @@ def plan_and_judge(
         recipe: of the run.
         folder: of the cell.
         options: `episodes`; `imagines`, what the arm plans with; `planner`, the settings of its search; for the
-            recurrent model `mixture`, the episodes that it learns from, by who plays them, and `recurrent`, its steps.
+            recurrent model `mixture`, the episodes that it learns from, by who plays them (those of the warm start that
+            the token model's base learned from come on top), and `recurrent`, its steps.
         warm_cache: shared warm starts.
         reporter: receives progress.
     """
@@ -72,8 +75,9 @@ def plan_and_judge(
     elif imagines is Imagines.SAME_TOKENS:
         policy = _same_tokens(players, run, settings, specs[:_CALIBRATION], found)
     else:
-        world = _world(imagines, players, run, recipe, folder, options, warm_cache, reporter)
-        policy = PlanningTeam(players.team(), world, settings)
+        team = players.team()
+        world = _world(imagines, players, team, run, folder, options, warm_cache, reporter)
+        policy = PlanningTeam(team, world, settings)
     reporter.stage("held-out play", len(specs))
     started = time.perf_counter()
     played = play(specs, policy, recipe.channel, 0, reporter)
@@ -127,22 +131,28 @@ def _same_tokens(
 def _world(
     imagines: Imagines,
     players: Players,
+    team: GenerativeTeam,
     run: Path,
-    recipe: Recipe,
     folder: Path,
     options: Mapping[str, Any],
     warm_cache: Path,
     reporter: Reporter,
 ) -> WorldModel:
+    recipe = players.recipe
     if imagines is Imagines.ORACLE:
-        return OracleWorldModel(players.team())
+        return OracleWorldModel(team)
     if imagines is Imagines.RECURRENT:
-        mixture = Mixture(**options["mixture"])
+        mixture = replace(Mixture(**options["mixture"]), imitated=imitated_with(recipe))
         episodes = shared_play(recipe, players.team(warm=True), mixture, folder, warm_cache, reporter)
         recurrent = RecurrentSettings(**options["recurrent"])
         reporter.stage("recurrent world model", recurrent.steps)
         return train_recurrent(
-            episodes, players.env.language, recurrent, recipe.seed, lambda step, loss: reporter.advance(step)
+            episodes,
+            players.env.language,
+            recurrent,
+            recipe.seed,
+            lambda step, loss: reporter.advance(step),
+            valued_by(recipe, mixture),
         )
     own: WorldModel = load_world_model(run, players.model)
     return ShuffledWorldModel(own, recipe.seed) if imagines is Imagines.SHUFFLED else own

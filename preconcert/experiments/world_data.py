@@ -4,7 +4,8 @@ Play is mixed from the task's random and scripted players and from a learner's w
 follows from the recipe and the numbers of episodes alone, so all models of a task and seed share it; held-out play is
 the same for all seeds but for the learner's part.
 
-Parts: `Mixture`, `mixed_play`, `shared_run`, `shared_play`, `coverage`, `heldout_cases`, `env_at`.
+Parts: `Mixture`, `mixed_play`, `imitated_with`, `valued_by`, `shared_run`, `shared_play`, `coverage`, `heldout_cases`,
+`env_at`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from preconcert.agents import ChannelSettings
+from preconcert.agents import ChannelSettings, codec_of
 from preconcert.core import Env, Episode, Policy, append_episodes, derive_seed, load_episodes
 from preconcert.envs import make_env
+from preconcert.training.imitation import scripted_episodes
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.run import train
 from preconcert.training.run_folder import RESULT
 from preconcert.training.warm_cache import WarmCache
+from preconcert.training.warm_start import WarmStartMethod
+from preconcert.training.world_stage import world_settings
 from preconcert.world_models.experience import Setting, lived_by
 from preconcert.world_models.fidelity import Case, cases_of, choose_starts
 
+IMITATED = "imitated"
 _FILE = "episodes.jsonl"
 _SIDE_BY_SIDE = 500
 """Episodes played at once."""
@@ -41,11 +46,19 @@ class Mixture:
     random: int
     scripted: int
     learner: int
+    imitated: int = 0
+    """The first of those that the warm start imitates."""
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.random + self.scripted + self.learner
+        return self.random + self.scripted + self.learner + self.imitated
+
+    @property
+    def players(self) -> list[str]:
+        """Who plays each episode, in order: `random`, `scripted` or `learner`."""
+        played = {**asdict(self), IMITATED: 0}
+        return [name for name, count in played.items() for _ in range(count)] + ["scripted"] * self.imitated
 
 
 def mixed_play(
@@ -66,6 +79,12 @@ def mixed_play(
         "random": ScriptedPolicy("random"), "scripted": ScriptedPolicy(recipe.warm_start.player), "learner": learner,
     }  # fmt: skip
     for name, count in asdict(mixture).items():
+        if name == IMITATED:
+            if count:
+                language = make_env(recipe.task, recipe.params, 0, "train").language
+                codec = codec_of(recipe.agent.codec, language, recipe.agent.spans)
+                found += [_without_tokens(each) for each in scripted_episodes(recipe, codec, count, reporter)]
+            continue
         reporter.stage(f"{name} play, {split}", count)
         channel = recipe.channel if name == "learner" else ChannelSettings()
         for begin in range(0, count, _SIDE_BY_SIDE):
@@ -83,6 +102,24 @@ def mixed_play(
             found += [_without_tokens(each) for each in some]
             reporter.advance(begin + len(specs))
     return found
+
+
+def imitated_with(recipe: Recipe) -> int:
+    """Episodes of the warm start that the team's base has been shown as a world model's rows too.
+
+    A model that is compared with the token model may learn from as many.
+    """
+    section = recipe.world_model
+    if section is None or not section.share or recipe.warm_start.method is not WarmStartMethod.FULL:
+        return 0
+    return recipe.warm_start.episodes
+
+
+def valued_by(recipe: Recipe, mixture: Mixture) -> list[bool]:
+    """The episodes of a mixture, in order, that teach a world model what a moment is worth: those that teach the run's
+    own."""
+    sources = world_settings(recipe).training.value_sources
+    return [player in sources for player in mixture.players]
 
 
 def shared_run(recipe: Recipe, folder: Path, warm_cache: Path, reporter: Reporter) -> Path:
@@ -122,7 +159,8 @@ def shared_play(
         warm_cache: where it is kept.
         reporter: receives progress.
     """
-    key = _key("play", {"recipe": recipe.model_dump(mode="json"), "mixture": asdict(mixture)})
+    counts = asdict(mixture) if mixture.imitated else {k: v for k, v in asdict(mixture).items() if k != IMITATED}
+    key = _key("play", {"recipe": recipe.model_dump(mode="json"), "mixture": counts})
     scratch = folder / "play"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -170,7 +208,7 @@ def heldout_cases(
         mixture: who plays the episodes, in its order, for models that want to know; None does not say.
     """
     found: list[Case] = []
-    players = [name for name, count in asdict(mixture).items() for _ in range(count)] if mixture is not None else []
+    players = mixture.players if mixture is not None else []
     for number, episode in enumerate(episodes):
         language = make_env(episode.task, episode.params, episode.seed, episode.split).language
         moments = choose_starts(episode.steps, horizons, starts, derive_seed("starts", number))

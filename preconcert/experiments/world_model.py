@@ -24,9 +24,11 @@ from preconcert.experiments.world_data import (
     Mixture,
     coverage,
     heldout_cases,
+    imitated_with,
     mixed_play,
     shared_play,
     shared_run,
+    valued_by,
 )
 from preconcert.experiments.world_model_report import report
 from preconcert.training.recipe import Recipe
@@ -71,13 +73,15 @@ def fit_and_measure(
     players = Players(run, recipe)
     learner = players.team(warm=True)
     world = world_settings(recipe)
-    mixture = Mixture(world.random_episodes, world.scripted_episodes, world.learner_episodes)
+    mixture = Mixture(
+        world.random_episodes, world.scripted_episodes, world.learner_episodes, imitated_with(recipe)
+    )
     episodes = shared_play(recipe, learner, mixture, folder, warm_cache, reporter)
     heldout = Mixture(**options["heldout"])
     held = mixed_play(recipe, learner, heldout, "heldout", 0, reporter)
     horizons = tuple(options["horizons"])
     cases = heldout_cases(held, horizons, int(options["starts"]), heldout)
-    model = _fitted(Subject(options["subject"]), players, run, episodes, options, reporter)
+    model = _fitted(Subject(options["subject"]), players, run, episodes, mixture, options, reporter)
     fitted = time.perf_counter()
 
     measures: dict[str, float | None] = dict(coverage(episodes, cases))
@@ -107,6 +111,7 @@ def _fitted(
     players: Players,
     run: Path,
     episodes: Sequence[Episode],
+    mixture: Mixture,
     options: Mapping[str, Any],
     reporter: Reporter,
 ) -> WorldModel:
@@ -120,7 +125,12 @@ def _fitted(
         settings = RecurrentSettings(**options["recurrent"])
         reporter.stage("recurrent world model", settings.steps)
         recurrent = train_recurrent(
-            episodes, language, settings, seed, lambda step, loss: reporter.advance(step, f"loss {loss:.2f}")
+            episodes,
+            language,
+            settings,
+            seed,
+            lambda step, loss: reporter.advance(step, f"loss {loss:.2f}"),
+            valued_by(players.recipe, mixture),
         )
         recurrent.greedy = greedy
         return recurrent

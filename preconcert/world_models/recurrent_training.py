@@ -44,6 +44,8 @@ class _Data:
     """(episodes, T + 1, heads): what each categorical head but the value should say, `_HIDDEN` where nothing."""
     values: Tensor
     """(episodes, T + 1): sums of later rewards."""
+    valued: Tensor
+    """(episodes,): 1 where values are learned from, else 0."""
     theirs: Tensor
     """(episodes, T, others): the others' actions, `_HIDDEN` after the end."""
     lengths: Tensor
@@ -56,6 +58,7 @@ def train_recurrent(
     settings: RecurrentSettings | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
+    valued: Sequence[bool] | None = None,
 ) -> RecurrentWorldModel:
     """Train from nothing.
 
@@ -65,15 +68,23 @@ def train_recurrent(
         settings: shape and training.
         seed: of weights, batches and latents.
         on_step: called with (steps done, loss).
+        valued: the episodes that teach what a moment is worth. What random play earns is no value of a team; by default
+            all do.
 
     Raises:
-        ConfigError: no episodes, or a task without a view.
+        ConfigError: no episodes, none of them valued, or a task without a view.
     """
     settings = settings or RecurrentSettings()
     setting = Setting.of(episodes, language)
     encoding = Encoding(setting)
-    data = _tensors(lived_by(episodes, setting.view), encoding)
-    low, high = float(data.values.min()), float(data.values.max())
+    counted = [True] * len(episodes) if valued is None else list(valued)
+    if len(counted) != len(episodes) or not any(counted):
+        raise ConfigError(f"valued: {sum(counted)} of {len(counted)} marks are set, for {len(episodes)} episodes")
+    lives = [lived_by([episode], setting.view) for episode in episodes]
+    marks = [mark for mark, own in zip(counted, lives, strict=True) for _ in own]
+    data = _tensors([life for own in lives for life in own], marks, encoding)
+    worth = data.values[data.valued > 0]
+    low, high = float(worth.min()), float(worth.max())
     if high <= low:
         high = low + 1.0
     network = RecurrentNetwork(encoding, settings, derive_seed(seed, "weights") % 2**31)
@@ -144,7 +155,7 @@ def _loss(
             logits.transpose(1, 2), targets[..., number], ignore_index=_HIDDEN, reduction="none"
         )
     worth = two_hot(data.values[rows, :longest], bins)
-    total = total - (worth * F.log_softmax(parts[-1], -1)).sum(-1)
+    total = total - data.valued[rows][:, None] * (worth * F.log_softmax(parts[-1], -1)).sum(-1)
 
     acts = network.others(both[:, :-1]).reshape(len(rows), longest - 1, encoding.others, len(encoding.actions))
     guessed = F.cross_entropy(
@@ -177,7 +188,7 @@ def _divergence(one: Tensor, other: Tensor) -> Tensor:
     return (one * (one.log() - other.log())).sum((-2, -1))
 
 
-def _tensors(lives: Sequence[Lived], encoding: Encoding) -> _Data:
+def _tensors(lives: Sequence[Lived], valued: Sequence[bool], encoding: Encoding) -> _Data:
     if not lives:
         raise ConfigError("the episodes hold no turn")
     count, longest = len(lives), max(life.steps for life in lives)
@@ -210,6 +221,7 @@ def _tensors(lives: Sequence[Lived], encoding: Encoding) -> _Data:
         torch.from_numpy(moved),
         torch.from_numpy(targets),
         torch.from_numpy(values),
+        torch.tensor(valued, dtype=torch.float32),
         torch.from_numpy(theirs),
         torch.tensor([life.steps + 1 for life in lives]),
     )

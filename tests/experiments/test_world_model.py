@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preconcert.agents import ChannelSettings
+from preconcert.agents import ChannelSettings, SlotsSettings, codec_of
 from preconcert.core import Episode, Move
+from preconcert.envs import make_env
 from preconcert.experiments.experiment import Cell, CellResult, Scale, cells_of
 from preconcert.experiments.registry import experiment_named
 from preconcert.experiments.report import ReportTable
@@ -19,14 +20,19 @@ from preconcert.experiments.world_data import (
     coverage,
     env_at,
     heldout_cases,
+    imitated_with,
     mixed_play,
     shared_play,
+    valued_by,
 )
 from preconcert.experiments.world_model import STANDARD, WORLD_MODEL, Subject
 from preconcert.experiments.world_model_report import FIGURES, report
+from preconcert.training.imitation import scripted_episodes
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
+from preconcert.training.warm_start import WarmStartSettings
+from preconcert.training.world_settings import WorldModelSettings
 from preconcert.world_models.consistency import Recital
 
 ERRORS = {
@@ -132,6 +138,26 @@ def test_mixed_play_is_what_was_asked_for(held: list[Episode]) -> None:
     assert all(each.success for each in held[3:])
     again = mixed_play(RECIPE, ScriptedPolicy("expert"), Mixture(2, 1, 3), "heldout", 0, Silent())
     assert held == again
+
+
+def test_rivals_see_what_the_base_was_shown() -> None:
+    """The episodes of the warm start come last, the very ones, and who played each of a mixture is known."""
+    recipe = RECIPE.model_copy(
+        update={"world_model": WorldModelSettings(), "warm_start": WarmStartSettings(episodes=3, steps=1)}
+    )
+    assert (imitated_with(recipe), imitated_with(RECIPE)) == (3, 0)
+    mixture = Mixture(1, 1, 1, imitated_with(recipe))
+    played = mixed_play(recipe, ScriptedPolicy("expert"), mixture, "train", 0, Silent())
+    assert (mixture.total, len(played)) == (6, 6)
+    assert mixture.players == ["random", "scripted", "learner", *["scripted"] * 3]
+    assert valued_by(recipe, mixture) == [False, True, True, True, True, True]
+    language = make_env(RECIPE.task, RECIPE.params, 0, "train").language
+    warm = scripted_episodes(recipe, codec_of(SlotsSettings(), language, recipe.agent.spans), 3, Silent())
+    for mine, theirs in zip(played[3:], warm, strict=True):
+        assert [turn.action for turn in mine.trajectories["agent_0"].turns] == [
+            turn.action for turn in theirs.trajectories["agent_0"].turns
+        ]
+        assert mine.seed == theirs.seed
 
 
 def test_shared_play_is_made_once(tmp_path: Path) -> None:

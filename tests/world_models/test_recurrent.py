@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from preconcert.core import Episode, ModelError, Move, Outcome, WorldModel
+from preconcert.core import ConfigError, Episode, ModelError, Move, Outcome, WorldModel
 from preconcert.world_models.recurrent import RecurrentSettings, RecurrentWorldModel
 from preconcert.world_models.recurrent_training import train_recurrent, two_hot
 from tests.world_models.worlds import LANGUAGE, counted, request_of, seen
@@ -123,6 +123,25 @@ def test_equal_seeds_give_equal_weights() -> None:
     one, two, other = (train_recurrent(episodes(), LANGUAGE, short, seed).network.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_values_come_from_valued_episodes_alone(trained: tuple[RecurrentWorldModel, list[float]]) -> None:
+    """The rest of what it learns is the same; a value is what such episodes earn."""
+    played = episodes()
+    earned = [sum(turn.reward for turn in each.trajectories["a"].turns) for each in played]
+    poor = [each <= sorted(earned)[len(earned) // 2] for each in earned]
+    assert not all(poor)
+    model = train_recurrent(played, LANGUAGE, TINY, 0, valued=poor)
+    request = request_of(played[0], "a", 0)
+    values = []
+    for each in (trained[0], model):
+        [belief] = each.begin([request], [()])
+        [step] = each.advance([belief], [Move("up", None, {"b": "stay"})], [0])
+        values.append(step.value)
+    assert values[1] is not None and values[0] is not None and values[1] < values[0]
+    for marks in ([False] * len(played), [True]):
+        with pytest.raises(ConfigError, match="valued: "):
+            train_recurrent(played, LANGUAGE, TINY, 0, valued=marks)
 
 
 def test_two_hot_lies_between_the_bins() -> None:
