@@ -296,19 +296,40 @@ def test_errors_are_measured_as_far_ahead_as_actions_agree() -> None:
     assert 3 not in tracker.errors, "another action was taken than imagined"
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+def test_agents_that_look_ahead_differently_far(name: str) -> None:
+    """Side by side with one whose model has failed it, an agent plans as it does alone."""
+    settings = SEARCHES[name].model_copy(update={"adaptive": HorizonSettings(threshold=0.1)})
+    failed, fine = request_at(episode="failed"), request_at(episode="fine")
+    turns = []
+    for requests in ([failed, fine], [fine], [failed]):
+        planner = team(settings)
+        tracker = HorizonTracker(HorizonSettings(threshold=0.1), 3, VIEW)
+        tracker.errors = {1: 0.9}
+        planner._trackers["failed", "solo"] = tracker
+        turns += planner.decide(requests)
+    assert turns[:2] == [turns[3], turns[2]]
+    assert {len(each.path) for each in turns[0].candidates} == {1}
+    assert max(len(each.path) for each in turns[1].candidates) == 3
+
+
 def test_errors_fade_so_that_long_horizons_are_tried_again() -> None:
     tracker = HorizonTracker(HorizonSettings(threshold=0.1, rate=1.0, fade=0.5), 2, VIEW)
     tracker.errors = {1: 0.0, 2: 0.3}
     assert tracker.horizon == 1
     tracker.see(seen(()))
     tracker.see(seen(()))
+    assert tracker.errors[2] == 0.15, "the same view again, when a decision is made once more"
+    tracker.see(seen(("left",)))
     assert tracker.horizon == 2
 
 
-@pytest.mark.parametrize(("right_for", "expected"), [(1, 1), (LENGTH, LENGTH)])
-def test_the_horizon_follows_the_model(right_for: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "right_for", "expected"), [("best-of-k", 1, 1), ("best-of-k", LENGTH, LENGTH), ("tree", LENGTH, LENGTH)]
+)
+def test_the_horizon_follows_the_model(name: str, right_for: int, expected: int) -> None:
     """Steps that a model gets wrong are imagined no more, once that was seen."""
-    settings = BestOfK(candidates=4, samples=64, horizon=3, adaptive=HorizonSettings(threshold=0.1, fade=0.0))
+    settings = SEARCHES[name].model_copy(update={"adaptive": HorizonSettings(threshold=0.1, fade=0.0)})
     model = ExactModel(right_for=right_for)
     planner = team(settings, model)
     env = Corridor()

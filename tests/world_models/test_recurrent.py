@@ -138,7 +138,8 @@ def test_values_come_from_valued_episodes_alone(trained: tuple[RecurrentWorldMod
         [belief] = each.begin([request], [()])
         [step] = each.advance([belief], [Move("up", None, {"b": "stay"})], [0])
         values.append(step.value)
-    assert values[1] is not None and values[0] is not None and values[1] < values[0]
+    assert None not in values
+    assert values[1] < values[0]  # type: ignore[operator]
     for marks in ([False] * len(played), [True]):
         with pytest.raises(ConfigError, match="valued: "):
             train_recurrent(played, LANGUAGE, TINY, 0, valued=marks)

@@ -84,7 +84,10 @@ def beam(
         depth += 1
         _imagine(world, grown, spent)
         _weigh(grown, moments, settings, critic)
-        pools: list[list[_Partial]] = [[each for each in held if not each.live] for held in kept]
+        pools: list[list[_Partial]] = [
+            [each for each in held if depth > moment.horizon or not each.live]
+            for held, moment in zip(kept, moments, strict=True)
+        ]
         for each in grown:
             pools[each.moment].append(each)
         kept = [sorted(pool, key=lambda each: each.rank)[: settings.width] for pool in pools]

@@ -37,6 +37,8 @@ class HorizonTracker:
         self.errors: dict[int, float] = {}
         """Running mean by steps ahead."""
         self._expected: list[_Expected] = []
+        self._seen: int | None = None
+        """The step of the last view."""
 
     @property
     def horizon(self) -> int:
@@ -52,7 +54,11 @@ class HorizonTracker:
         return found
 
     def see(self, observation: Observation) -> None:
-        """A real view, one step after the last call of `act`."""
+        """A real view, one step after the last call of `act`. The same view again, when a decision failed and is made
+        once more, changes nothing."""
+        if observation.step == self._seen:
+            return
+        self._seen = observation.step
         found: dict[int, list[float]] = {}
         for expected in self._expected:
             expected.taken += 1
@@ -79,5 +85,6 @@ class HorizonTracker:
         """For an episode that goes on in two ways."""
         other = HorizonTracker(self.settings, self.longest, self.view)
         other.errors = dict(self.errors)
+        other._seen = self._seen
         other._expected = [_Expected(each.path, each.taken) for each in self._expected]
         return other

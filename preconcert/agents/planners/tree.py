@@ -192,7 +192,7 @@ class _Tree:
             tuple(
                 candidate(e.proposal.move, weighed[id(e)], shown[id(e)], e.visits, e is order[0]) for e in order
             ),
-            tuple(node.path for node in order[0].outcomes),
+            tuple(_followed(node) for node in order[0].outcomes),
         )
 
     def _weigh(self, edge: _Edge) -> tuple[float, float, float, float]:
@@ -255,7 +255,11 @@ def _expand(policy: Rehearsing, nodes: Sequence[_Node], number: int) -> None:
 
 def _likeliest(edge: _Edge) -> Path:
     """The way along the most visited outcomes and turns."""
-    node = max(edge.outcomes, key=lambda each: each.visits)
+    return _followed(max(edge.outcomes, key=lambda each: each.visits))
+
+
+def _followed(node: _Node) -> Path:
+    """The way on from a node along what was visited most."""
     while True:
         onward = [each for each in node.edges if each.outcomes]
         if not onward:
