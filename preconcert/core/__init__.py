@@ -22,7 +22,7 @@ from preconcert.core.errors import (
 from preconcert.core.foresight import ImaginedStep, Judgement, Outcome, Planner, WorldModel
 from preconcert.core.intention import Forecast, Intention
 from preconcert.core.language import Slot, TaskLanguage, Truth
-from preconcert.core.message import Delivery, Fate, Latent, Message
+from preconcert.core.message import MOST_ROUNDS, Delivery, Fate, Latent, Message
 from preconcert.core.misfit import Misfit, describe
 from preconcert.core.observation import Observation, StepResult
 from preconcert.core.protocols import Codec, Env, Located, Player, Policy, TurnRequest
@@ -40,11 +40,11 @@ from preconcert.core.turn import Decision, Span, SpanKind, Turn
 from preconcert.core.view import View, ViewField
 
 __all__ = [
-    "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "Env", "EnvError", "Episode", "Fate",
-    "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent", "Located", "Message",
-    "Misfit", "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy", "PreconcertError",
-    "Rehearsing", "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError", "StoredEpisodes",
-    "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError", "View",
-    "ViewField", "WorldModel", "append_episodes", "derive_seed", "describe", "dump_episode", "keep_episodes_before",
-    "load_episodes", "nearest", "parse_episode", "uniforms",
+    "MOST_ROUNDS", "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "Env", "EnvError",
+    "Episode", "Fate", "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent",
+    "Located", "Message", "Misfit", "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy",
+    "PreconcertError", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError",
+    "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError",
+    "View", "ViewField", "WorldModel", "append_episodes", "derive_seed", "describe", "dump_episode",
+    "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",
 ]

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 FLOAT_BITS = 32
 """Width of a number that is not quantised."""
+MOST_ROUNDS = 16
+"""Rounds per step of a world at the most."""
 
 
 @dataclass(frozen=True, slots=True)

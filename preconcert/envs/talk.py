@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from preconcert.core import (
+    MOST_ROUNDS,
     ConfigError,
     Decision,
     Env,
@@ -44,11 +45,11 @@ def rounds_of(params: Mapping[str, Any]) -> int:
     """How many rounds each step of the world has, by a task's parameters.
 
     Raises:
-        ConfigError: it is no whole number from 1 on.
+        ConfigError: it is no whole number from 1 to `MOST_ROUNDS`.
     """
     rounds = params.get(TALK_ROUNDS, 1)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ConfigError(f"parameter {TALK_ROUNDS!r} = {rounds!r}: expected a whole number, at least 1")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
+        raise ConfigError(f"parameter {TALK_ROUNDS!r} = {rounds!r}: expected a whole number from 1 to {MOST_ROUNDS}")
     return rounds
 
 

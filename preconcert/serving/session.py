@@ -144,6 +144,11 @@ class Session:
             params = {**team.params, **body.params}
             spec = EpisodeSpec(team.task, params, instance, body.split, cast=dict(body.agents))
             ((name, state),) = begin([spec], team.channel).items()
+            if body.params and state.env.horizon > settings.max_steps:  # the run's own is not the client's doing
+                raise ConfigError(
+                    f"params: an episode of {state.env.horizon} steps, rounds of talk included, is longer than the "
+                    f"limit of {settings.max_steps}"
+                )
             for agent in state.env.agents:
                 if agent not in team.assignment:
                     raise ConfigError(f"params: nobody plays {agent!r}; the team has {', '.join(team.assignment)}")

@@ -27,7 +27,7 @@ class ServiceSettings(BaseModel):
     max_requests: int = Field(256, ge=1)
     """Being answered at once; beyond, 503."""
     max_steps: int = Field(1000, ge=1)
-    """Of a session whose world is the client's."""
+    """Of a session whose world is the client's, or whose task has parameters of the client's; rounds of talk count."""
     max_plan: int = Field(2048, ge=1)
     """Candidates x samples x steps of a plan: what one planned turn may cost."""
     retry_after_s: int = Field(2, ge=1)

@@ -78,7 +78,7 @@ def test_what_is_not_allowed() -> None:
         env.restore("step 3")
     with pytest.raises(ConfigError, match="Kuhn has no messages, so there is nothing to say in 2 rounds"):
         make_env("kuhn", {TALK_ROUNDS: 2}, 0)
-    for wrong in (0, -1, 1.5, True, "2"):
+    for wrong in (0, -1, 1.5, True, "2", 17, 10**9):
         with pytest.raises(ConfigError, match="talk_rounds"):
             make_env("rendezvous", {TALK_ROUNDS: wrong}, 0)
 

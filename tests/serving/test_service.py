@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from preconcert.envs import make_env
 from preconcert.models import TransformersModel
 from preconcert.models.language_model import Completion, GenerateRequest
 from preconcert.serving.app import create_app
@@ -90,6 +91,7 @@ def test_metrics(http: httpx.Client) -> None:
         ({"params": {"sise": 3}}, ["'sise'", "did you mean 'size'?"]),
         ({"params": {"size": 10**9}}, ["size"]),
         ({"params": {"agents": 5}}, ["nobody plays"]),
+        ({"params": {"talk_rounds": 10**9}}, ["'talk_rounds'", "from 1 to 16"]),
         ({"agents": {"agent_0": "nobody"}}, ["unknown adapter 'nobody'"]),
         ({"agents": {"agent_9": "agent_0"}}, ["unknown agent 'agent_9'"]),
         ({"plan": {"type": "best-of-k"}}, ["no world model"]),
@@ -308,3 +310,13 @@ def test_a_batch_fails_only_for_who_broke_it(model: TransformersModel) -> None:
     common.close()
     assert "unknown adapter 'nobody'" in str(answers.pop(3))
     assert set(answers.values()) == {expected}
+
+
+def test_episodes_are_as_long_as_the_service_allows(served: Callable[..., ServedTeam]) -> None:
+    team = served()
+    own = make_env(TASK, team.params, 0, "heldout").horizon
+    with running(create_app(team, ServiceSettings(max_steps=2 * own))) as url, httpx.Client(base_url=url) as http:
+        session(http, params={"talk_rounds": 2})
+        refused(http.post("/v1/sessions", json={"params": {"talk_rounds": 3}}), 422, f"{3 * own} steps")
+    with running(create_app(served(), ServiceSettings(max_steps=1))) as url, httpx.Client(base_url=url) as http:
+        session(http)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from preconcert.agents.channel.topology import Broadcast, TopologySettings
+from preconcert.core import MOST_ROUNDS
 
 
 class ChannelMode(StrEnum):
@@ -36,7 +37,7 @@ class ChannelSettings(BaseModel):
     """Probability that a message is lost, independently for each recipient."""
     topology: TopologySettings = Broadcast()
     """Who hears whom: `broadcast`, or a mapping with a `type` (`pairs`, `nearest`, `messenger`) and its settings."""
-    rounds: int = Field(1, ge=1, le=16)
+    rounds: int = Field(1, ge=1, le=MOST_ROUNDS)
     """Rounds per step of the world: all but the last are for talking only. Everything that is counted in steps here
     (`delay`, the step of a record) counts rounds."""
     cap_bits: float | None = Field(None, ge=0)
