@@ -49,3 +49,10 @@ class TaskLanguage:
     """What an observation's text consists of; None: words of any kind."""
     words: tuple[str, ...] = ()
     """Every word that an observation's text can contain, for tasks without a view. Empty: not known."""
+    views: tuple[tuple[str, View], ...] = ()
+    """Where agents see different things: by agent, what its observations consist of. `view` is then None, and nobody
+    models the world."""
+
+    def view_of(self, agent: str) -> View | None:
+        """What an agent's observations consist of; None: words of any kind."""
+        return dict(self.views).get(agent, self.view)

@@ -23,21 +23,26 @@ def check_words(what: str, words: Sequence[str]) -> None:
 
 
 def check_view(language: TaskLanguage) -> None:
-    """Is a declared view well formed?"""
-    view = language.view
-    if view is None:
-        return
+    """Is every declared view well formed?"""
+    if language.view is not None and language.views:
+        raise EnvError("language.view and language.views are both given; one view for all agents, or one for each")
+    if language.view is not None:
+        _check_fields(language.view, "language.view")
+    for agent, view in language.views:
+        _check_fields(view, f"language.views of {agent!r}")
+
+
+def _check_fields(view: View, where: str) -> None:
     if not isinstance(view, View) or not view.fields:
-        raise EnvError(f"language.view must be a View with fields or None, not {view!r}")
+        raise EnvError(f"{where} must be a View with fields or None, not {view!r}")
     names = [field.name for field in view.fields]
     if len(set(names)) != len(names):
-        raise EnvError(f"language.view: field names must be unique: {names!r}")
+        raise EnvError(f"{where}: field names must be unique: {names!r}")
     for field in view.fields:
-        _check_field(field)
+        _check_field(field, f"{where} field {field.name!r}")
 
 
-def _check_field(field: ViewField) -> None:
-    where = f"language.view field {field.name!r}"
+def _check_field(field: ViewField, where: str) -> None:
     check_words(where, field.choices)
     if field.label != " ".join(field.label.split()):
         raise EnvError(f"{where}: label {field.label!r} must be words with single spaces between them")
@@ -51,15 +56,16 @@ def _check_field(field: ViewField) -> None:
 
 def check_view_text(language: TaskLanguage, observation: Observation, where: str) -> None:
     """Does the view read this text, write it back, and agree with the forecast fields of the same name?"""
-    view = language.view
+    view = language.view_of(observation.agent)
     if view is None:
         return
+    name = "language.view" if language.view is not None else "language.views"
     try:
         values = view.parse(observation.text)
     except GrammarError as error:
-        raise EnvError(f"{where}: language.view does not read {observation.text!r}: {error}") from None
+        raise EnvError(f"{where}: {name} does not read {observation.text!r}: {error}") from None
     if view.render(values) != observation.text:
-        raise EnvError(f"{where}: language.view writes {view.render(values)!r} for {observation.text!r}")
+        raise EnvError(f"{where}: {name} writes {view.render(values)!r} for {observation.text!r}")
     for field, value in zip(view.fields, values, strict=True):
         foretold = observation.fields.get(field.name, value)
         if foretold != value:

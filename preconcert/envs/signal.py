@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from preconcert.core import Decision, Env, Message, Observation, Player, Slot, TaskLanguage
+from preconcert.core import Decision, Env, Message, Observation, Player, Slot, TaskLanguage, View, ViewField
 from preconcert.envs.registry import register
 from preconcert.envs.task import Outcome, Task, TaskParams
 
@@ -85,12 +85,26 @@ class Signal(Task[SignalParams, _State]):
             rewards=("0", reward),
             default_action="wait",
             words=(*_FIXED, *self.colours, *self.shapes, *self.picks),
+            views=tuple((agent, self._view(agent)) for agent in self.agents),
         )
         numbers = (str(number) for number in range(self.horizon + 1))
         self.words = tuple(sorted({*self.agents, *self.colours, *self.shapes, *self.picks, *numbers, *_FIXED, "round"}))
         pairs = [(colour, shape) for colour in self.colours for shape in self.shapes]
         self.rounds = tuple(self._draw_round(rng, pairs) for _ in range(params.rounds))
         return _State()
+
+    def _view(self, agent: str) -> View:
+        speaks = agent == self.agents[0]
+        labels = ["target", "list", *[""] * (len(self.picks) - 1)] if speaks else self.picks
+        fields = [
+            ViewField("role", ("speaker" if speaks else "listener",), "role"),
+            ViewField("last", ("none", "right", "wrong"), "last"),
+        ]
+        for number, label in enumerate(labels):
+            name = label or f"list{number}"
+            fields.append(ViewField(f"{name}_colour", (*self.colours, "none"), label))
+            fields.append(ViewField(f"{name}_shape", (*self.shapes, "none")))
+        return View(tuple(fields))
 
     def _draw_round(self, rng: np.random.Generator, pairs: Sequence[Thing]) -> _Round:
         """The candidate set decides about the split, so no set of a held-out round was seen in training."""

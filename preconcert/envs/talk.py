@@ -203,20 +203,20 @@ def _language(inner: TaskLanguage, rounds: int, name: str) -> TaskLanguage:
     """The task's words and those of the rounds."""
     if not inner.message:
         raise ConfigError(f"{name} has no messages, so there is nothing to say in {rounds} rounds per step")
-    view = inner.view
+    views = [view for view in (inner.view, *(view for _, view in inner.views)) if view is not None]
     taken = [LISTEN] if LISTEN in inner.actions else []
     taken += [TALK] if any(slot.name == TALK for slot in inner.forecast) else []
-    taken += [TALK] if view is not None and any(field.name == TALK for field in view.fields) else []
+    taken += [TALK] if any(field.name == TALK for view in views for field in view.fields) else []
     if taken:
         raise ConfigError(f"{name} has {taken[0]!r} among its own words, which rounds of talk need")
-    if view is not None:
-        left = ViewField(TALK, tuple(map(str, range(rounds))), TALK, number=True, determined=True)
-        view = View((left, *view.fields))
+    left = ViewField(TALK, tuple(map(str, range(rounds))), TALK, number=True, determined=True)
+    view = None if inner.view is None else View((left, *inner.view.fields))
+    each = tuple((agent, View((left, *view.fields))) for agent, view in inner.views)
     rewards = inner.rewards
     if rewards and not any(abs(float(word)) < 1e-3 for word in rewards):
         rewards = ("0", *rewards)
     words = _more_words(inner.words, rounds) if inner.words else ()
-    return replace(inner, actions=(*inner.actions, LISTEN), rewards=rewards, view=view, words=words)
+    return replace(inner, actions=(*inner.actions, LISTEN), rewards=rewards, view=view, words=words, views=each)
 
 
 def _inner_role(role: Callable[[Observation], str], rounds: int) -> Callable[[Observation], str]:

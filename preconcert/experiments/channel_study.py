@@ -150,14 +150,17 @@ def _targets(readings: Readings, tasks: Sequence[str]) -> list[Finding]:
                 )
             worsts: list[Estimate | None] = [readings.estimate(name, worst, task) for name in (clean, noisy)]
             before, after = worsts
-            if before is None or after is None:
+            compared = readings.compare(noisy, clean, worst, task)
+            if before is None or after is None or compared is None:
                 continue
-            good = after.value > before.value and lossy.value >= plain_.value - MARGIN_CLEAN
+            gain = compared.difference
+            good = gain.low > 0 and gain.count > 1 and lossy.value >= plain_.value - MARGIN_CLEAN
             found.append(
                 Finding(
                     f"{task}, {form}. Target: training with noise improves the worst case at no more than "
                     f"{100 * MARGIN_CLEAN:.0f} points of clean success. {'Met' if good else 'Not met'}: worst case "
-                    f"{before.value:.2f} to {after.value:.2f}, clean {plain_.value:.2f} to {lossy.value:.2f}.",
+                    f"{before.value:.2f} to {after.value:.2f} (paired difference {gain.value:+.2f}, {gain.low:+.2f} to "
+                    f"{gain.high:+.2f}), clean {plain_.value:.2f} to {lossy.value:.2f}.",
                     good,
                 )
             )
@@ -265,6 +268,9 @@ CHANNEL = Experiment(
         "One harm at a time; nobody is told which one, or that there is any.",
         "The lossy channel of training erases three in ten messages and changes one word in ten, or shakes numbers; "
         "delays and caps are never trained with.",
+        "Supervision before reinforcement learning is on a clean channel in all arms: what is lossy is reinforcement "
+        "learning.",
+        "The worst case is the least of some fifteen noisy figures, and so lies below each of them in expectation.",
         "Models are starters of about 0.13 million parameters; at standard scale the task is rendezvous alone.",
     ),
 )

@@ -25,8 +25,9 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {
     "constant": {"mode": "constant"},
     "random": {"mode": "random"},
     "off": {"mode": "off"},
+    "warm": {"warm": True},
 }
-"""Channels that every team is played through."""
+"""What every team is played through; `greedy` with the likeliest words, `warm` before reinforcement learning."""
 SUBJECTS = {"rendezvous": "open", "box-push": "goal", "signal": "target"}
 """After which word of an observation stands what there is to say."""
 
@@ -61,7 +62,9 @@ def arms(tokens: tuple[int, ...], caps: Mapping[str, float]) -> tuple[Experiment
     found += [
         ExperimentArm("latent-float", "latent, k = 2, not quantised", {"agent.codec": latent(2, levels=0)}),
         ExperimentArm(
-            "latent-free", "latent, k = 2, training-free", {"agent.codec": latent(2, levels=0, method="aligned")}
+            "latent-free",
+            "latent, k = 2, aligned without training",
+            {"agent.codec": latent(2, levels=0, method="aligned")},
         ),
         ExperimentArm(ORACLE, "oracle", options={"player": "expert"}),
     ]
@@ -94,7 +97,8 @@ SMOKE = Plan(
     seeds=2,
     options={**_OPTIONS, "episodes": 8, "fitting": 8, "caps": [0, 8]},
 )
-_CAPS = {"rendezvous": 3.0, "box-push": 4.0, "signal": 3.0}
+_CAPS = {"rendezvous": 3.0, "box-push": 4.0}
+"""On `signal` a message is one word: nothing can be left out, so nothing is capped."""
 STANDARD = Plan(
     arms=arms((1, 2, 4, 8), _CAPS),
     tasks=(
@@ -141,6 +145,11 @@ COMMUNICATION = Experiment(
         "The models are starters of about 0.13 million parameters, made from nothing and taught by a script that talks "
         "in the task's words. Vectors are distilled from a team that reads those words.",
         "Each arm has the same learning rates and as many iterations. Latent arms have a supervised phase more.",
+        "On `signal` a message of the task's words is one word, which cannot be shortened: learned words have no cap "
+        "there.",
+        "Vectors that are aligned without training are the sender's hidden states; the reader is trained like all.",
+        "Shuffled messages come from another donor at every step: what shuffling costs is also that donors contradict "
+        "one another.",
         "The observations of these tasks are short: a message in them costs tens of bits, and there is little to save. "
         "Where agents see more, the ratio is another.",
         "The entropy code's prior counts words by place, by the message before and by sender. A better prior would "

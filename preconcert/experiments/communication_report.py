@@ -15,20 +15,27 @@ from preconcert.experiments.experiment import CellResult, Plan
 from preconcert.experiments.figures import COLOURS, MARKS
 from preconcert.experiments.readings import Contrast, Readings, comparisons_table, measure_named
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
-from preconcert.experiments.statistics import Estimate, mean
+from preconcert.experiments.statistics import Estimate, compare, mean
 
-NONE, RAW, ORACLE, LEARNED = "none", "raw-state", "oracle", "learned"
+NONE, RAW, ORACLE, LEARNED, FREE = "none", "raw-state", "oracle", "learned", "latent-free"
 _SUCCESS = measure_named("success_on")
 _CONTROLS = ("shuffled", "constant", "random", "off")
 MARGIN, QUARTER, LOSS = 0.03, 0.25, 0.20
 """Targets: how far below the observation in words a learned arm may be, at which share of its bits, and what shuffling
 must cost, relative."""
+NEAR_CAP = 0.05
+"""Target: how far above its cap a message may be at the end of training, relative."""
 _PERPLEXITY = 30
 
 
 def learned_arms(plan: Plan) -> list[str]:
     """Arms whose messages are learned."""
-    return [arm.name for arm in plan.arms if arm.name == LEARNED or arm.name.startswith("latent-")]
+    return [arm.name for arm in plan.arms if arm.name == LEARNED or arm.name in latent_arms(plan)]
+
+
+def latent_arms(plan: Plan) -> list[str]:
+    """Arms with vectors that are learned."""
+    return [arm.name for arm in plan.arms if arm.name.startswith("latent-") and arm.name != FREE]
 
 
 def contrasts(plan: Plan) -> list[Contrast]:
@@ -36,6 +43,7 @@ def contrasts(plan: Plan) -> list[Contrast]:
     titles = {arm.name: arm.title for arm in plan.arms}
     pairs = [(arm.name, NONE) for arm in plan.arms if arm.name not in (NONE, ORACLE)]
     pairs += [(name, RAW) for name in learned_arms(plan)]
+    pairs += [("latent-2", FREE)]
     return [
         Contrast(first, second, f"{titles[first]} – {titles[second]}")
         for first, second in pairs
@@ -93,6 +101,7 @@ def _successes(plan: Plan, readings: Readings, task: str) -> ReportTable:
                 count,
                 readings.estimate(arm.name, _SUCCESS, task),
                 readings.estimate(arm.name, measure_named("success_greedy"), task),
+                readings.estimate(arm.name, measure_named("success_warm"), task),
                 *(readings.estimate(arm.name, measure_named(name), task, mean) for name in names),
                 readings.estimate(arm.name, measure_named("area"), task),
             )
@@ -101,7 +110,7 @@ def _successes(plan: Plan, readings: Readings, task: str) -> ReportTable:
         f"success-{task}",
         f"{task}: success and what it takes",
         (
-            "arm", "seeds", "success, sampled", "success, greedy", "bits per episode, raw", "entropy-coded",
+            "arm", "seeds", "success, sampled", "greedy", "before RL", "bits per episode, raw", "entropy-coded",
             "under the sender's own model", "words or vectors per message", "success–bits area",
         ),
         tuple(rows),
@@ -186,54 +195,119 @@ def _best(plan: Plan, readings: Readings, task: str, names: Sequence[str]) -> st
 def _targets(plan: Plan, readings: Readings, tasks: Sequence[str]) -> list[Finding]:
     found: list[Finding] = []
     for task in tasks:
-        raw = readings.estimate(RAW, _SUCCESS, task)
-        raw_bits = readings.estimate(RAW, measure_named("bits_raw"), task, mean)
-        none = readings.estimate(NONE, _SUCCESS, task)
-        if raw is None or raw_bits is None:
+        found += [_near(plan, readings, task), _clear(plan, readings, task), _causal(plan, readings, task)]
+    return [*found, *_caps_met(readings, tasks), _improved(plan, readings, tasks)]
+
+
+def _short(readings: Readings, arm: str, task: str) -> str:
+    """Says where seeds of an arm are missing."""
+    failed = readings.failed(arm, task)
+    return f", {failed} seeds failed" if failed else ""
+
+
+def _near(plan: Plan, readings: Readings, task: str) -> Finding:
+    """A learned arm close to the observation in words, at a quarter of its bits."""
+    target = (
+        f"{task}. Target: a learned arm within {100 * MARGIN:.0f} points of the observation in words at a quarter of "
+        "its bits. "
+    )
+    raw = readings.estimate(RAW, _SUCCESS, task)
+    raw_bits = readings.estimate(RAW, measure_named("bits_raw"), task, mean)
+    if raw is None or raw_bits is None:
+        return Finding(f"{target}Not judged: no figures of that observation{_short(readings, RAW, task)}.", False)
+    good, sure = list[str](), list[str]()
+    for name in learned_arms(plan):
+        compared = readings.compare(name, RAW, _SUCCESS, task)
+        success = readings.estimate(name, _SUCCESS, task)
+        bits = readings.estimate(name, measure_named("bits_raw"), task, mean)
+        if success is None or bits is None or compared is None or bits.value > QUARTER * raw_bits.value:
             continue
-        good: list[str] = []
-        for name in learned_arms(plan):
-            success = readings.estimate(name, _SUCCESS, task)
-            bits = readings.estimate(name, measure_named("bits_raw"), task, mean)
-            if success is None or bits is None:
-                continue
-            if success.value >= raw.value - MARGIN and bits.value <= QUARTER * raw_bits.value:
-                good.append(f"{name} ({success.value:.2f} with {bits.value:.0f} bits)")
-        what = "; ".join(good) if good else "none"
+        if success.value >= raw.value - MARGIN:
+            good.append(f"{name} ({success.value:.2f} with {bits.value:.0f} bits{_short(readings, name, task)})")
+            sure += [name] if compared.difference.low >= -MARGIN and compared.difference.count > 1 else []
+    what = "; ".join(good) if good else "none"
+    surely = f" With the whole interval of the paired difference: {', '.join(sure) or 'none'}."
+    return Finding(
+        f"{target}{'Met' if good else 'Not met'}: {what}, against {raw.value:.2f} with {raw_bits.value:.0f} bits."
+        + (surely if good else ""),
+        bool(good),
+    )
+
+
+def _clear(plan: Plan, readings: Readings, task: str) -> Finding:
+    """The observation in words and a learned arm, both better than silence."""
+    none = readings.estimate(NONE, _SUCCESS, task)
+    target = f"{task}. Target: the observation in words and a learned arm clear above no messages. "
+    if none is None:
+        return Finding(f"{target}Not judged: no figures of no messages{_short(readings, NONE, task)}.", False)
+    above = [
+        name
+        for name in (RAW, *learned_arms(plan))
+        if (value := readings.estimate(name, _SUCCESS, task)) is not None and value.count > 1 and value.low > none.high
+    ]
+    met = RAW in above and len(above) > 1
+    return Finding(
+        f"{target}{'Met' if met else 'Not met'}: above {none.value:.2f} ({none.low:.2f} to {none.high:.2f}) with the "
+        f"whole interval: {', '.join(above) or 'none'}.",
+        met,
+    )
+
+
+def _causal(plan: Plan, readings: Readings, task: str) -> Finding:
+    """What shuffling costs."""
+    losses = {name: _relative_loss(readings, name, task) for name in (RAW, *learned_arms(plan))}
+    weak = [
+        f"{name} ({'no value' if lost is None else f'{lost.value:.2f}'})"
+        for name, lost in losses.items()
+        if lost is None or lost.value < LOSS
+    ]
+    return Finding(
+        f"{task}. Target: shuffling costs at least {100 * LOSS:.0f}% of success. "
+        + (f"Not met by {', '.join(weak)}." if weak else "Met by every arm."),
+        not weak,
+    )
+
+
+def _caps_met(readings: Readings, tasks: Sequence[str]) -> list[Finding]:
+    """Learned words at the end of training, and their cap."""
+    found: list[Finding] = []
+    for task in tasks:
+        cap = readings.estimate(LEARNED, measure_named("cap"), task, mean)
+        ends = readings.values(LEARNED, measure_named("bits_at_end"), task).get(task, {})
+        if cap is None or not ends:
+            continue
+        over = [seed for seed, bits in ends.items() if bits > (1 + NEAR_CAP) * cap.value]
+        said = ", ".join(f"{bits:.2f}" for _, bits in sorted(ends.items()))
         found.append(
             Finding(
-                f"{task}. Target: a learned arm within {100 * MARGIN:.0f} points of the observation in words "
-                f"({raw.value:.2f} with {raw_bits.value:.0f} bits) at a quarter of its bits. "
-                f"{'Met' if good else 'Not met'}: {what}.",
-                bool(good),
-            )
-        )
-        if none is not None:
-            above = [
-                name
-                for name in (RAW, *learned_arms(plan))
-                if (value := readings.estimate(name, _SUCCESS, task)) is not None and value.low > none.high
-            ]
-            found.append(
-                Finding(
-                    f"{task}. Intervals clear above no messages ({none.value:.2f}): {', '.join(above) or 'none'}.",
-                    bool(above),
-                )
-            )
-        losses = {name: _relative_loss(readings, name, task) for name in (RAW, *learned_arms(plan))}
-        weak = [
-            f"{name} ({'no value' if lost is None else f'{lost.value:.2f}'})"
-            for name, lost in losses.items()
-            if lost is None or lost.value < LOSS
-        ]
-        found.append(
-            Finding(
-                f"{task}. Target: shuffling costs at least {100 * LOSS:.0f}% of success. "
-                + (f"Not met by {', '.join(weak)}." if weak else "Met by every arm."),
-                not weak,
+                f"{task}. Target: learned words meet their cap of {cap.value:g} bits per message within "
+                f"{100 * NEAR_CAP:.0f}% at the end of training. {'Not met' if over else 'Met'}, by seed: {said}.",
+                not over,
             )
         )
     return found
+
+
+def _improved(plan: Plan, readings: Readings, tasks: Sequence[str]) -> Finding:
+    """Vectors after reinforcement learning against their supervised start."""
+    gains: list[str] = []
+    clear = False
+    for task in tasks:
+        for name in latent_arms(plan):
+            compared = compare(
+                readings.values(name, _SUCCESS, task), readings.values(name, measure_named("success_warm"), task), 0
+            )
+            if compared is None:
+                continue
+            gain = compared.difference
+            better = gain.low > 0 and gain.count > 1
+            clear = clear or better
+            gains.append(f"{name} on {task} {gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})")
+    return Finding(
+        "Target: reinforcement learning improves vectors over their supervised start on at least one task. "
+        + (f"{'Met' if clear else 'Not met'}: {'; '.join(gains)}." if gains else "Not judged: no figures."),
+        clear,
+    )
 
 
 def axes_of(figure: Figure, count: int) -> Sequence[Any]:
@@ -345,7 +419,7 @@ def _words(readings: Readings, task: str, arm: str) -> ReportTable | None:
         f"{task}: the commonest learned messages, first seed",
         ("message", "share", "what the sender sees", "what it does then"),
         tuple(rows),
-        f"Of {len(shown)} messages in held-out play.",
+        f"Of {len(shown)} messages drawn from held-out play.",
     )
 
 

@@ -20,7 +20,7 @@ from preconcert.agents import ChannelSettings
 from preconcert.core import Episode, Message, Slot
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players, heldout_specs, play
-from preconcert.experiments.judgement import course, curves_of, read_log
+from preconcert.experiments.judgement import LAST, course, curves_of, read_log
 from preconcert.models.entropy_coding import MessageCoder
 from preconcert.training.measures import measure
 from preconcert.training.message_prior import CountPrior, coding_report, slots_of, spoken
@@ -29,6 +29,8 @@ from preconcert.training.reporter import Reporter
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy
 from preconcert.training.run import train
 
+_OF_TEAMS = ("greedy", "warm")
+"""What a channel's settings say of the team that plays."""
 SHOWN = 400
 """Messages that a cell keeps as examples."""
 
@@ -42,7 +44,8 @@ def talk_and_judge(
         recipe: of the run.
         folder: of the cell.
         options: `episodes`, held-out instances per channel; `channels`, by name what is different in the channel (and
-            `greedy`: true for the most likely words); `caps`, bits per message at which success is also measured;
+            `greedy`: true for the most likely words, `warm`: true for the team before reinforcement learning); `caps`,
+            bits per message at which success is also measured;
             `fitting`, training instances that the shared prior of messages is counted on; `subjects`, by task the word
             of an observation after which stands what messages are about; `player`, a scripted player in the team's
             place, which is not trained.
@@ -56,18 +59,19 @@ def talk_and_judge(
         played = play(specs, ScriptedPolicy(str(options["player"])), recipe.channel, 0, reporter)
         return CellFound({"success_on": rate(played)}, {})
     run = train(recipe, folder / "run", resume=True, reporter=reporter, warm_cache=warm_cache)
-    curves = curves_of(read_log(run / "log.jsonl"), recipe)
+    log = read_log(run / "log.jsonl")
+    curves = curves_of(log, recipe)
     players = Players(run, recipe)
     talks = recipe.agent.spans.say and bool(players.env.language.message)
-    measures: dict[str, float | None] = {}
+    measures = capped(log, recipe)
     notes: dict[str, Any] = {}
     for name, changed in options["channels"].items():
-        if not talks and name not in ("on", "greedy"):
+        if not talks and name not in ("on", "greedy", "warm"):
             continue
         reporter.stage(f"held-out play, {name}", episodes)
-        team = players.team(bool(changed.get("greedy", False)))
+        team = players.team(bool(changed.get("greedy", False)), bool(changed.get("warm", False)))
         over = ChannelSettings.model_validate(
-            {**recipe.channel.model_dump(), **{key: value for key, value in changed.items() if key != "greedy"}}
+            {**recipe.channel.model_dump(), **{key: value for key, value in changed.items() if key not in _OF_TEAMS}}
         )
         played = play(specs, team, over, 0, reporter)
         measures[f"success_{name}"] = rate(played)
@@ -96,6 +100,15 @@ def talk_and_judge(
         measures["area"] = area(points)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # some MB each; the adapters stay
     return CellFound(measures | course(curves), curves, notes)
+
+
+def capped(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, float | None]:
+    """`bits_at_end`, per message, mean of the last five iterations; and their `cap`, where the recipe has one."""
+    price = recipe.grpo.message_price
+    said = [line["message/bits_per_message"] for line in log[-LAST:] if "message/bits_per_message" in line]
+    if price is None or price.cap_bits is None or not said:
+        return {}
+    return {"bits_at_end": sum(said) / len(said), "cap": price.cap_bits}
 
 
 def rate(episodes: Sequence[Episode]) -> float | None:
@@ -179,7 +192,7 @@ def area(points: Sequence[tuple[float, float]]) -> float:
 
 
 def examples(episodes: Sequence[Episode], subject: str | None) -> list[dict[str, Any]]:
-    """Some messages: words, numbers of latent ones, who said them when, and what they were about.
+    """Some messages, drawn evenly from all: words, numbers of latent ones, who said them when, and about what.
 
     Args:
         episodes: that were played.
@@ -204,5 +217,5 @@ def examples(episodes: Sequence[Episode], subject: str | None) -> list[dict[str,
                         "action": turn.action,
                     }
                 )
-    step = max(1, len(found) // SHOWN)
-    return found[::step][:SHOWN]
+    chosen = np.random.default_rng(0).permutation(len(found))[:SHOWN]
+    return [found[int(place)] for place in sorted(chosen)]

@@ -338,10 +338,30 @@ def _turn(content: TurnContent, spans: SpanSettings) -> Turn:
     )  # fmt: skip
 
 
-def test_observations_without_a_view_cost_by_the_tasks_words() -> None:
+def test_observations_cost_by_the_view_of_who_sees_them() -> None:
+    """The two roles of `signal` see different fields: labels and the role are no news."""
     env = make_env("signal", {}, 0)
     views = env.reset()
     codec = codec_of(settings_of("raw-state").codec, env.language, SpanSettings())
+    base = _turn(TurnContent("stay", {}, ("1", "2"), "0", "no"), SpanSettings())
+    things = {"agent_0": 1 + 4, "agent_1": 4}
+    for agent, view in views.items():
+        message = codec.encode(replace(base, agent=agent, observation=view))
+        assert message is not None
+        assert message.payload == view.text
+        # Won, lost or neither; and things with 4 colours, 4 shapes, or nothing.
+        assert message.raw_bits == pytest.approx(np.log2(3) + 2 * things[agent] * np.log2(5))
+        slots = codec.slots([other for other in views if other != agent])
+        assert len(slots) == len(view.text.split())
+        assert all(word in slot.choices for word, slot in zip(view.text.split(), slots, strict=True))
+
+
+def test_observations_without_a_view_cost_by_the_tasks_words() -> None:
+    env = make_env("signal", {}, 0)
+    views = env.reset()
+    language = replace(env.language, views=())
+    codec = codec_of(settings_of("raw-state").codec, language, SpanSettings())
+    assert codec.slots(["agent_1"]) == ()
     base = _turn(TurnContent("stay", {}, ("1", "2"), "0", "no"), SpanSettings())
     for view in views.values():
         message = codec.encode(replace(base, observation=view, malformed=True))
@@ -352,7 +372,7 @@ def test_observations_without_a_view_cost_by_the_tasks_words() -> None:
     with pytest.raises(ConfigError, match="lack 'upside'"):
         codec.encode(replace(base, observation=replace(view, text="upside down")))
     with pytest.raises(ConfigError, match="neither a view nor words"):
-        codec_of(settings_of("raw-state").codec, replace(env.language, words=()), SpanSettings())
+        codec_of(settings_of("raw-state").codec, replace(language, words=()), SpanSettings())
 
 
 @pytest.mark.parametrize("task", [task for task in TALKING if make_env(task, {}, 0).language.view is None])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from preconcert.agents import ChannelSettings
-from preconcert.core import Latent, Message
+from preconcert.agents import ChannelSettings, TurnCodec, codec_of
+from preconcert.core import Latent, Message, Slot, Turn, TurnRequest
 from preconcert.envs import make_env
 from preconcert.experiments.channel_study import CHANNEL, channels, worst
 from preconcert.experiments.communication import COMMUNICATION, CONTROLS
@@ -18,6 +19,7 @@ from preconcert.experiments.communication_report import pareto
 from preconcert.experiments.communication_work import _worded, area, examples, lengths, talk_and_judge
 from preconcert.experiments.experiment import CellResult, Scale, cells_of
 from preconcert.experiments.two_bases import TWO_BASES, mix_and_judge
+from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Silent
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 
@@ -79,7 +81,10 @@ def fabricate(measures: Mapping[str, float], experiment: Any, scale: Scale) -> l
 
 
 def test_communication_says_its_targets(tmp_path: Any) -> None:
-    measures = {"success_on": 0.9, "success_shuffled": 0.3, "bits_raw": 20.0, "bits_coded": 9.0, "area": 0.7}
+    measures = {
+        "success_on": 0.9, "success_shuffled": 0.3, "bits_raw": 20.0, "bits_coded": 9.0, "area": 0.7, "cap": 3.0,
+        "bits_at_end": 3.4,
+    }  # fmt: skip
     cells = fabricate(measures, COMMUNICATION, Scale.STANDARD)
     for each in cells:
         if each.cell.arm == "raw-state":
@@ -93,6 +98,64 @@ def test_communication_says_its_targets(tmp_path: Any) -> None:
     assert not any("Met" in text and "latent-1 (" in text and "quarter" in text for text in texts)
     assert any("shuffling costs at least 20%" in text and "Met by every arm" in text for text in texts)
     assert any(table.name == "words-rendezvous" for table in report.tables)
+    assert any("signal. Target: the observation in words and a learned arm clear" in text for text in texts)
+    assert any("learned words meet their cap" in text and "Not met, by seed: 3.40, 3.41" in text for text in texts)
+    assert any("vectors over their supervised start" in text and ". Met: latent-1 on" in text for text in texts)
+    assert not any("latent-free" in text for text in texts[1:]), "nothing is learned there"
+
+
+def test_a_target_without_figures_is_not_met() -> None:
+    """Whatever failed, every task has every target."""
+    cells = fabricate({"success_on": 0.9, "bits_raw": 20.0}, COMMUNICATION, Scale.STANDARD)
+    held = [
+        replace(each, error="it broke") if (each.cell.arm, each.cell.task) == ("raw-state", "signal") else each
+        for each in cells
+    ]
+    report = COMMUNICATION.report(COMMUNICATION.plans[Scale.STANDARD], held)
+    told = [each for each in report.findings if each.text.startswith("signal. Target")]
+    assert len(told) == 3
+    assert "Not judged: no figures of that observation, 5 seeds failed" in told[0].text
+    assert "Not met" in told[1].text
+    assert not any(each.clear for each in told)
+
+
+class Speaking(ScriptedPolicy):
+    """The script, whose messages are a codec's."""
+
+    def __init__(self, codec: TurnCodec) -> None:
+        super().__init__("scripted")
+        self.codec = codec
+
+    def message_slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        return self.codec.slots(others)
+
+    def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
+        turns = super().decide(requests)
+        return [turn if turn.message is None else replace(turn, message=self.codec.encode(turn)) for turn in turns]
+
+
+@pytest.mark.parametrize("task", [task.name for task in COMMUNICATION.plans[Scale.STANDARD].tasks])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_observations_can_be_played_through_every_control(task: str, name: str) -> None:
+    recipe = Recipe.model_validate({"task": task, "agent": {"codec": "raw-state"}})
+    codec = codec_of(recipe.agent.codec, make_env(task, {}, 0).language, recipe.agent.spans)
+    mode = {key: value for key, value in CONTROLS[name].items() if key == "mode"}
+    specs = [EpisodeSpec(task, {}, number, sample=number) for number in range(4)]
+    played = rollout(specs, Speaking(codec), ChannelSettings.model_validate(mode), 0)
+    texts = [message.payload for e in played for t in e.trajectories.values() for u in t.turns for message in u.inbox]
+    assert bool(texts) == (name != "off")
+
+
+def test_caps_can_be_met() -> None:
+    """A cap below the shortest message could not, however few the words."""
+    for cell in cells_of(COMMUNICATION, Scale.STANDARD):
+        price = cell.recipe.grpo.message_price
+        if price is None:
+            continue
+        language = make_env(cell.recipe.task, cell.recipe.params, 0).language
+        shortest = math.log2(len(language.message[0].choices) + 1)
+        assert price.cap_bits is not None
+        assert price.cap_bits > shortest, cell.name
 
 
 def test_the_channel_study_reads_the_worst_case_and_its_targets() -> None:
@@ -117,6 +180,9 @@ def test_a_cell_is_trained_and_played_through_every_channel(arm: str, tmp_path: 
     assert played <= set(found.measures)
     assert found.measures["success_cap_0"] == found.measures["success_off"]
     assert found.notes["messages"]
+    if arm == "learned":
+        assert found.measures["cap"] == 3.0
+        assert found.measures["bits_at_end"] is not None
     if arm == "latent-1":
         messages = found.measures["messages_per_episode"]
         assert messages is not None
