@@ -18,7 +18,7 @@ from preconcert.agents.planners import PLANNERS, PlannerSettings, PlanningTeam
 from preconcert.core import ConfigError, Rehearsing, UnknownNameError, WorldModel, nearest
 from preconcert.experiments.evaluation import Players
 from preconcert.training.world_stage import load_world_model
-from preconcert.world_models import OracleWorldModel, ShuffledWorldModel
+from preconcert.world_models import OracleValue, OracleWorldModel, ShuffledWorldModel
 
 PREFIX = "planner."
 """Goes before the keys of a planner's settings."""
@@ -107,7 +107,8 @@ def world_of(players: Players, run: Path, kind: WorldKind, policy: Rehearsing) -
     if players.recipe.agent.codec.type == "latent":
         raise ConfigError("planners imagine messages in words, and the agents of this run talk in vectors")
     if kind is WorldKind.ORACLE:
-        return OracleWorldModel(policy)
+        # Without values, whatever is paid beyond the horizon would be nothing to it.
+        return OracleWorldModel(policy, OracleValue.ROLLOUT)
     own: WorldModel = load_world_model(run, players.model)
     return ShuffledWorldModel(own, 0) if kind is WorldKind.SHUFFLED else own
 

@@ -10,8 +10,8 @@ one moment are a group, as the games of one task instance are, so that credit, r
 An imagination in which the model writes something that is no step ends there with the lowest return that the process
 imagined for the agent in the iteration, and is counted: what lies beyond the model is worth nothing to the agent.
 
-Parts: `ImaginationSettings`, `Imaginer` (plays), `Imagined` (what it played) and `replayed` (a real moment's
-environment, for oracles). No step of an environment is taken and none is counted.
+Parts: `ImaginationSettings`, `Imaginer` (plays), `Imagined` (what it played), `damped_advantages`, and `replayed` (a
+real moment's environment, for oracles). No step of an environment is taken and none is counted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from preconcert.core import (
     derive_seed,
 )
 from preconcert.envs import make_env
+from preconcert.training.credit import Ledger, Number, TurnKey
 
 IMAGINED = "imagined"
 """The split of episodes that never happened."""
@@ -76,6 +77,9 @@ class ImaginationSettings(BaseModel):
     value: bool = True
     """Add the world model's value of what is still to come at the horizon. Without it, what is not imagined is worth
     nothing."""
+    damped: bool = True
+    """Weigh a group by how far its returns lie apart (`damped_advantages`). A model's values hardly ever agree to the
+    last digit, and estimators that divide by the standard deviation make of any difference a large one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,35 @@ class Imagined:
     """Groups of continuations, each in one piece."""
     metrics: Mapping[str, float]
     """`imagination/...`: how many groups, steps and tokens, what they return, how they end."""
+
+
+def damped_advantages(advantages: Mapping[TurnKey, Number], ledger: Ledger) -> dict[TurnKey, Number]:
+    """Advantages times min(1, s / S): s the standard deviation of the returns in the group, S the root of its mean
+    square over the agent's groups.
+
+    Groups in which more than usual is at stake keep their advantages; those whose returns differ by the noise of the
+    model's values lose them. Whether an estimator divides by s does not matter for that.
+
+    Args:
+        advantages: of all turns.
+        ledger: the games that they are about.
+    """
+    returns: dict[tuple[str, str], list[float]] = {}
+    for game in ledger:
+        for agent, strand in game.strands.items():
+            if strand.learns:
+                returns.setdefault((agent, game.group), []).append(strand.total)
+    spreads = {key: float(np.std(values)) for key, values in returns.items()}
+    usual = {
+        agent: float(np.sqrt(np.mean([spread**2 for (who, _), spread in spreads.items() if who == agent])))
+        for agent in {agent for agent, _ in spreads}
+    }
+
+    def weight(key: TurnKey) -> float:
+        spread = spreads.get((key.agent, ledger[key.episode].group))
+        return 1.0 if spread is None or not usual[key.agent] else min(1.0, spread / usual[key.agent])
+
+    return {key: weight(key) * value for key, value in advantages.items()}
 
 
 @dataclass(slots=True)

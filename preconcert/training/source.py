@@ -30,7 +30,7 @@ from preconcert.training.credit import (
     ledger_of,
 )
 from preconcert.training.grpo_rollout import Rollout
-from preconcert.training.imagination import Imaginer
+from preconcert.training.imagination import Imaginer, damped_advantages
 from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.message_costs import MessageLedger
@@ -323,9 +323,11 @@ class GameSource:
             return [], {}
         found = imaginer.imagine(episodes, derive_seed(self.recipe.seed, "imagine", iteration))
         ledger = ledger_of(found.episodes, self.recipe.grpo.rewards, None, self.settings.trainable)
-        credit = self.recipe.grpo.credit.estimate(ledger, self.credit_state)
+        advantages = self.recipe.grpo.credit.estimate(ledger, self.credit_state).advantages
+        if imaginer.settings.damped:
+            advantages = damped_advantages(advantages, ledger)
         blind = replace(self.settings, hindsight=False)
-        rows = build_rows(found.episodes, credit.advantages, self.team, self.table, blind)
+        rows = build_rows(found.episodes, advantages, self.team, self.table, blind)
         if self.messages is not None:
             rows = self.messages.charged(rows, found.episodes)
         offset = sum(episode.steps for episode in episodes)

@@ -31,8 +31,15 @@ from preconcert.core import (
     derive_seed,
 )
 from preconcert.models import TransformersModel
-from preconcert.training.credit import estimate
-from preconcert.training.imagination import IMAGINED, ImaginationSettings, Imaginer, Moment, replayed
+from preconcert.training.credit import AgentCredit, Game, Strand, estimate
+from preconcert.training.imagination import (
+    IMAGINED,
+    ImaginationSettings,
+    Imaginer,
+    Moment,
+    damped_advantages,
+    replayed,
+)
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Silent
 from preconcert.training.rows import GrammarTable, Row, build_rows
@@ -152,7 +159,7 @@ def test_imagined_games_are_trained_on_like_real_ones(
     """The decisions imagined in an exact model, carried out, are the same episodes, rows and gradients."""
     team, table = team_on(starter, settings), GrammarTable()
     recipe = recipe_of(hindsight_weight=0.5)
-    imaginer = imaginer_on(team, Truth(lucky=True))
+    imaginer = imaginer_on(team, Truth(lucky=True), damped=False)
     source = GameSource(recipe, team, table, frozenset(AGENTS), None, imaginer=imaginer)
     real = play(team, seeds=2, group=2)
     rows, figures = source._imagine(0, real)
@@ -173,6 +180,45 @@ def test_imagined_games_are_trained_on_like_real_ones(
     )
     assert largest_difference(first, second) == 0.0
     assert max(float(value.abs().max()) for value in first.values()) > 1e-3
+
+
+def game_of(group: str, agent: str, earned: float) -> Game:
+    """One whose agent learns, beside one who does not."""
+    learner = Strand(agent, np.array([0.0, earned]), ((True,), (True,)))
+    return Game(group, {agent: learner, "other": Strand("other", np.array([0.0, earned]), ((), ()))})
+
+
+def test_groups_that_hardly_differ_hardly_count() -> None:
+    """One at stake with deviation 1, one with a hundredth of that, and another agent's, of which there is one."""
+    games = [game_of("at stake", "a", value) for value in (0.0, 2.0)]
+    games += [game_of("noise", "a", value) for value in (0.5, 0.52)]
+    games += [game_of("alone", "b", value) for value in (0.5, 0.52)]
+    credit = AgentCredit().estimate(games)
+    plain = {(key.episode, key.agent): value for key, value in credit.advantages.items() if key.index}
+    found = damped_advantages(credit.advantages, games)
+    damped = {(key.episode, key.agent): value for key, value in found.items() if key.index}
+    usual = np.sqrt((1.0**2 + 0.01**2) / 2)
+    assert plain[3, "a"] == pytest.approx(plain[1, "a"], rel=0.01), "the estimator alone takes them for equal"
+    assert damped[0, "a"] == plain[0, "a"]
+    assert damped[1, "a"] == plain[1, "a"] > 0.5
+    assert damped[3, "a"] == pytest.approx(0.01 / usual * plain[3, "a"])
+    assert damped[5, "b"] == pytest.approx(plain[5, "b"])
+    even = [game_of("same", "a", 0.5), game_of("same", "a", 0.5)]
+    assert set(damped_advantages(AgentCredit().estimate(even).advantages, even).values()) == {0.0}
+
+
+def test_damping_is_what_a_run_does(starter: TransformersModel) -> None:
+    """Rows differ by the weight of their group alone."""
+    team, table, recipe = team_on(starter), GrammarTable(), recipe_of()
+    real = play(team, seeds=2, group=2)
+    found = []
+    for damped in (False, True):
+        imaginer = imaginer_on(team, Truth(lucky=True), damped=damped)
+        source = GameSource(recipe, team, table, frozenset(AGENTS), None, imaginer=imaginer)
+        found.append(source._imagine(0, real)[0])
+    sizes = [[float(np.abs(row.advantages).sum()) for row in rows] for rows in found]
+    assert all(after <= before for before, after in zip(*sizes, strict=True))
+    assert sum(sizes[1]) < sum(sizes[0])
 
 
 def test_a_rollout_counts_real_and_imagined_apart(starter: TransformersModel) -> None:

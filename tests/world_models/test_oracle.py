@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from preconcert.agents import ChannelSettings
 from preconcert.agents.planners import PLANNERS, Beam, BestOfK, PlannerSettings, PlanningTeam, Tree
 from preconcert.core import ConfigError, EnvError, Episode, Message, Move, Outcome, TurnRequest, WorldModel
 from preconcert.envs import make_env, tasks
+from preconcert.experiments.planned import WorldKind, world_of
 from preconcert.models import TransformersModel
+from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.world_models import OracleValue, OracleWorldModel
 from tests.training.teams import PARAMS, TASK, load, starter_checkpoint, team_on
@@ -196,3 +199,13 @@ def test_plans_are_the_same_in_any_company(starter: TransformersModel) -> None:
 
 def _solved(episodes: list[Episode]) -> int:
     return sum(bool(episode.success) for episode in episodes)
+
+
+def test_the_ceiling_of_the_commands_sees_beyond_its_horizon() -> None:
+    """`--model oracle` looks one step ahead and knows already that two experts will meet, which pays at the end."""
+    team = ScriptedPolicy("expert")
+    players = SimpleNamespace(recipe=Recipe(task="rendezvous"))
+    world = world_of(players, Path("nowhere"), WorldKind.ORACLE, team)  # type: ignore[arg-type]
+    planner = PlanningTeam(team, world, BestOfK(candidates=2, samples=1, horizon=1))
+    for turn in planner.decide(present()):
+        assert turn.candidates[0].mean > 0.9
