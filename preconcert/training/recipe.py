@@ -155,6 +155,13 @@ class RunEvaluation(BaseModel):
     """Held-out task seeds."""
 
 
+CHECKPOINT_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "warm_start": {"method": "lora", "lr": 2e-4, "batch": 16},
+    "grpo": {"lr": 5e-5},
+}
+"""What a recipe has by default where `model` is not the starter."""
+
+
 class Recipe(BaseModel):
     """Everything about a run."""
 
@@ -165,7 +172,7 @@ class Recipe(BaseModel):
     params: Mapping[str, Any] = Field(default_factory=dict)
     """The task's parameters."""
     model: str = STARTER
-    """`starter`, or the name or folder of a Hugging Face checkpoint."""
+    """`starter`, or the name or folder of a Hugging Face checkpoint, for which `CHECKPOINT_DEFAULTS` hold."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the base's weights."""
     starter: StarterSettings = StarterSettings()
@@ -219,6 +226,19 @@ class Recipe(BaseModel):
             if isinstance(grpo, Mapping) and "credit" not in grpo:
                 return {**given, "grpo": {**grpo, "credit": {"type": "gae"}}}
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_checkpoints(cls, given: Any) -> Any:
+        """A pretrained model is tuned by adapters, gently: what suits a starter made from nothing would wreck it."""
+        if not isinstance(given, Mapping) or given.get("model", STARTER) == STARTER:
+            return given
+        sections = {}
+        for name, defaults in CHECKPOINT_DEFAULTS.items():
+            section = given.get(name, {})
+            if isinstance(section, Mapping):
+                sections[name] = {**defaults, **section}
+        return {**given, **sections}
 
     @model_validator(mode="before")
     @classmethod

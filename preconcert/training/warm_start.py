@@ -54,7 +54,7 @@ class WarmStartSettings(BaseModel):
     weight_decay: float = Field(0.01, ge=0)
     """Of both optimisers."""
     method: WarmStartMethod = WarmStartMethod.FULL
-    """`full` for the starter model, `lora` for pretrained checkpoints."""
+    """All weights (`full`), or one adapter (`lora`), which is the default for a pretrained checkpoint."""
 
 
 def supervised_examples(

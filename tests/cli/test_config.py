@@ -11,6 +11,7 @@ from preconcert.config import load_recipe, load_run, override_play, parse_overri
 from preconcert.core import ConfigError
 from preconcert.envs import tasks
 from preconcert.training.credit import AgentCredit, TurnCredit
+from preconcert.training.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -36,6 +37,18 @@ def test_overrides_go_on_top(recipe: Path) -> None:
     credit = ["grpo.credit.type=turn", "grpo.credit.per_index=true"]
     shaped = load_recipe(recipe, [*credit, "grpo.rewards.mode=mixed", "grpo.rewards.weight=0.5"]).grpo
     assert (shaped.credit, shaped.rewards.weight) == (TurnCredit(per_index=True), 0.5)
+
+
+def test_a_pretrained_model_has_other_defaults(recipe: Path, tmp_path: Path) -> None:
+    """Adapters instead of all weights, and smaller steps; what a recipe says itself counts."""
+    plain = load_recipe(recipe)
+    assert (plain.warm_start.method, plain.warm_start.lr, plain.grpo.lr) == ("full", 3e-3, 2.5e-3)
+    given = ["model=Qwen/Qwen3-0.6B", "grpo.lr=1e-4", "warm_start.steps=10"]
+    found = load_recipe(recipe, given)
+    assert (found.warm_start.method, found.warm_start.lr, found.warm_start.batch) == ("lora", 2e-4, 16)
+    assert (found.grpo.lr, found.warm_start.steps) == (1e-4, 10)
+    assert load_recipe(recipe, [*given, "warm_start.method=full"]).warm_start.method == "full"
+    assert Recipe.model_validate_json(found.model_dump_json()) == found
 
 
 def test_a_run_folder_is_a_recipe(recipe: Path, tmp_path: Path) -> None:
