@@ -293,6 +293,7 @@ def play(
 @app.command()
 def watch(
     run: RunFolder,
+    overrides: PlayOverrides = None,
     episodes: Annotated[int, typer.Option(min=1, max=200, help="How many episodes the page plays.")] = 6,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; RUN/replay.html if not given.", show_default=False)
@@ -304,16 +305,16 @@ def watch(
     model: WorldModelKind = "token",
 ) -> None:
     """Write a page that replays held-out episodes; one file that loads nothing."""
-    from preconcert.config import load_run
+    from preconcert.config import load_run, override_play
 
     with _quiet():
         from preconcert.experiments.curve import read_curve
         from preconcert.experiments.evaluation import heldout_specs, no_message_ceiling, saved_evaluation
         from preconcert.experiments.replay import headline, page, write_page
 
-        recipe = load_run(run)
+        planned, others = _planned(plan, planner, model, greedy, overrides or [])
+        recipe = override_play(load_run(run), others)
         seeds = [spec.seed for spec in heldout_specs(recipe, episodes, seed)]
-        planned, _ = _planned(plan, planner, model, greedy, [])
         replays = _replays(run, recipe, seeds, seed, greedy, planned)
         ceiling = no_message_ceiling(recipe)
         figures, note = headline(saved_evaluation(run), ceiling)
@@ -325,6 +326,7 @@ def watch(
             ("parameters", params or "defaults"),
             ("seed", str(recipe.seed)),
             ("decisions", _decisions(greedy, planned)),
+            *([("played with", ", ".join(others))] if others else []),
         ]
         curve = read_curve(run / "log.jsonl", ceiling)
         file = out or run / "replay.html"

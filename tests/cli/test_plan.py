@@ -39,8 +39,10 @@ def test_a_decision_as_people_read_it(run: Path, run_command: Command, kind: str
 
 def test_the_page_draws_plans(run: Path, run_command: Command, tmp_path: Path) -> None:
     file = tmp_path / "replay.html"
-    run_command("watch", run, "--episodes", 1, "--plan", "--model", "oracle", "--out", file)
+    few = ("planner.candidates=3", "planner.horizon=1", "messages=off")
+    run_command("watch", run, *few, "--episodes", 1, "--plan", "--model", "oracle", "--out", file)
     page = file.read_text(encoding="utf-8")
+    assert "messages=off" in page
     assert "planned, best-of-k with the oracle model" in page
     assert '"weighed":[{' in page
     assert "drawPlan" in page
