@@ -511,7 +511,7 @@ def crossplay(
 @app.command()
 def experiment(
     name: Annotated[str, typer.Argument(help="Which one, e.g. credit.", show_default=False)],
-    scale: Annotated[str, typer.Option(help="smoke (a minute), standard (two hours on two cores) or full.")] = "smoke",
+    scale: Annotated[str, typer.Option(help="smoke (a minute), standard (hours on two cores) or full.")] = "smoke",
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Training seeds; by default the scale's.", show_default=False)
     ] = None,

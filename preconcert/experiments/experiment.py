@@ -29,7 +29,7 @@ class Scale(StrEnum):
     SMOKE = "smoke"
     """A minute: does everything work?"""
     STANDARD = "standard"
-    """About two hours on two cores; what the docs quote."""
+    """One to six hours on two cores; what the docs quote."""
     FULL = "full"
     """As large as the question deserves."""
 
