@@ -50,7 +50,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-bench: $(VENV)/.ready-run
+bench: $(VENV)/.ready-vllm
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:

@@ -121,8 +121,9 @@ class GRPOSettings(BaseModel):
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in the update."""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """Where TRL sends its logs besides the run folder."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where TRL sends the log of reinforcement learning besides the run folder; the package of that name must be
+    installed."""
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> GRPOSettings:

@@ -17,6 +17,7 @@ The run folder:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -133,6 +134,9 @@ def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
     """What can be known to fail before anything is made."""
     if recipe.model != STARTER:
         check_model_name(recipe.model)
+    wanted = recipe.grpo.report_to
+    if wanted != "none" and importlib.util.find_spec(wanted) is None:
+        raise ConfigError(f"grpo.report_to={wanted}: the package {wanted!r} is not installed; pip install {wanted}")
     if recipe.world_model is not None and ADAPTER in adapter_names(recipe, assignment):
         raise ConfigError(f"adapter {ADAPTER!r} is the world model's; give the agents' another name")
     imagined = recipe.grpo.imagination

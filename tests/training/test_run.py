@@ -41,6 +41,13 @@ def test_a_closed_gate_stops_the_run_and_says_so_again(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "episodes.jsonl").exists()
 
 
+def test_a_log_that_nobody_can_write_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to=wandb: the package 'wandb' is not installed; pip install wandb"):
+        train(small(grpo=small().grpo.model_copy(update={"report_to": "wandb"})), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="agent_7"):
         train(small(frozen=("agent_7",)), tmp_path / "a")
