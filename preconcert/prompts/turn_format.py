@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from preconcert.core import GrammarError, Message, Observation, Span, SpanKind, 
 from preconcert.prompts.automaton import Automaton
 from preconcert.prompts.grammar import Grammar, Reading
 from preconcert.prompts.own_template import own_template
+from preconcert.prompts.sized_cache import SizedCache
 from preconcert.prompts.spans import SpanSettings, TurnContent
 from preconcert.prompts.speech import SILENCE, Speech, whole_messages
 from preconcert.prompts.turn_grammar import content_of, turn_pieces, word_of
@@ -29,6 +29,11 @@ _TEMPLATES = Environment(
 
 _HOLE = "\u2063message\u2063"
 """Stands for vectors while a prompt is rendered."""
+_KEPT_BYTES = 64 * 2**20
+"""Of texts and grammars that a format keeps."""
+_TEXT_BYTES, _TOKEN_BYTES, _STATE_BYTES, _CELL_BYTES = 300, 40, 300, 5
+"""About what is held for a text beside its characters, for each of its tokens, for a state of an automaton, and for
+each token that the automaton knows in each state, which is what its tables have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,12 @@ class TurnFormat:
         self._template = own_template(tokenizer)
         self.compact = self._template is None
         self.eos: int = tokenizer.eos_token_id
-        self._compile = lru_cache(maxsize=4096)(self._compile_uncached)
-        self.encode = lru_cache(maxsize=65536)(self._encode_uncached)
+        self.cache = SizedCache(_KEPT_BYTES)
+        """Encoded texts and compiled grammars; formats may share one."""
+        self._name = object()
+        """Tells the formats of one cache apart."""
+        self.longest_kept = 4096
+        """Tokens of the longest text that is kept: one that no model takes will not come again."""
 
     # ---- prompts
 
@@ -250,6 +259,22 @@ class TurnFormat:
         """The words of a completion, for people."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The ids of a text.
+
+        Raises:
+            GrammarError: the starter's tokenizer does not know a word.
+        """
+
+        def weigh(ids: tuple[int, ...]) -> int | None:
+            long = len(ids) > self.longest_kept
+            return None if long else _TEXT_BYTES + 4 * len(text) + _TOKEN_BYTES * len(ids)
+
+        return self.cache.get((self._name, text), lambda: self._encode_uncached(text), weigh)
+
+    def _compile(self, others: tuple[str, ...], legal: tuple[str, ...]) -> Grammar:
+        return self.cache.get((self._name, others, legal), lambda: self._compile_uncached(others, legal), _weight)
+
     def _compile_uncached(self, others: tuple[str, ...], legal: tuple[str, ...]) -> Grammar:
         pieces = turn_pieces(self.language, self.spans, others, legal, self.compact, self.speech)
         return Grammar(pieces, self.encode, self.tokenizer, self.compact)
@@ -261,6 +286,15 @@ class TurnFormat:
             missing = sorted({word for word in text.split() if self.tokenizer.convert_tokens_to_ids(word) == unknown})
             raise GrammarError(f"the tokenizer does not know {', '.join(map(repr, missing))}")
         return ids
+
+
+def _weight(grammar: Grammar) -> int:
+    """Bytes of a compiled grammar, its automaton's tables included, about."""
+    words = sum(_TEXT_BYTES + _TOKEN_BYTES * len(ids) for options in grammar.tokens for ids in options.values())
+    automaton = grammar.automaton
+    return words if automaton is None else words + automaton.size * (
+        _STATE_BYTES + _CELL_BYTES * len(automaton.tokens)
+    )
 
 
 def _chat(fields: dict[str, Any]) -> list[dict[str, str]]:

@@ -14,13 +14,16 @@ from preconcert.agents.planners import PlannerSettings, PlanningTeam
 from preconcert.core import ConfigError, TaskLanguage, UnknownNameError, WorldModel
 from preconcert.envs import make_env
 from preconcert.prompts import TurnFormat
+from preconcert.prompts.sized_cache import SizedCache
 from preconcert.serving.shared_model import SharedModel
 from preconcert.training.recipe import Recipe
 from preconcert.training.run_folder import assign
 from preconcert.training.world_stage import load_world_model
 
 _LANGUAGES = 32
-"""Languages of clients whose compiled grammars are kept."""
+"""Languages of clients that are kept."""
+_LANGUAGE_BYTES = 64 * 2**20
+"""Of their texts and compiled grammars, all languages together."""
 
 
 class ServedTeam:
@@ -63,7 +66,9 @@ class ServedTeam:
             )
         self.language = make_env(task, self.params, 0, "heldout").language
         self._team = GenerativeTeam(model, self.language, agents, self.assignment)
+        self._team.format.longest_kept = model.max_context
         self._others: OrderedDict[TaskLanguage, GenerativeTeam] = OrderedDict()
+        self._kept = SizedCache(_LANGUAGE_BYTES)
         self._lock = threading.Lock()
 
     def policy(
@@ -130,6 +135,7 @@ class ServedTeam:
             team = self._others.get(language)
             if team is None:
                 team = GenerativeTeam(self.model, language, self.agents, {}, 1.0)
+                team.format.cache, team.format.longest_kept = self._kept, self.model.max_context
                 self._others[language] = team
                 if len(self._others) > _LANGUAGES:
                     self._others.popitem(last=False)
