@@ -9,6 +9,7 @@ from preconcert.core.episode import Episode, StopReason, Trajectory
 from preconcert.core.errors import (
     CodingError,
     ConfigError,
+    EngineAwayError,
     EnvError,
     GateError,
     GrammarError,
@@ -40,10 +41,10 @@ from preconcert.core.turn import Decision, Span, SpanKind, Turn
 from preconcert.core.view import View, ViewField
 
 __all__ = [
-    "MOST_ROUNDS", "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "Env", "EnvError",
-    "Episode", "Fate", "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement", "Latent",
-    "Located", "Message", "Misfit", "ModelError", "Move", "Observation", "Outcome", "Planner", "Player", "Policy",
-    "PreconcertError", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError",
+    "MOST_ROUNDS", "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "EngineAwayError", "Env",
+    "EnvError", "Episode", "Fate", "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement",
+    "Latent", "Located", "Message", "Misfit", "ModelError", "Move", "Observation", "Outcome", "Planner", "Player",
+    "Policy", "PreconcertError", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError",
     "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError",
     "View", "ViewField", "WorldModel", "append_episodes", "derive_seed", "describe", "dump_episode",
     "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",

@@ -37,6 +37,11 @@ class ModelError(PreconcertError):
     """A language model, an adapter or a tokenizer cannot be loaded or used."""
 
 
+class EngineAwayError(ModelError):
+    """The engine that a model writes with cannot be reached, or gave no answer in time; nothing is wrong with what it
+    was asked, and the same call may succeed later."""
+
+
 class CodingError(PreconcertError):
     """Bits that are no code of a message, or symbols that cannot be coded."""
 

@@ -21,7 +21,7 @@ import httpx
 import torch
 from transformers import PretrainedConfig
 
-from preconcert.core import ModelError, nearest
+from preconcert.core import EngineAwayError, ModelError, nearest
 from preconcert.models.loading import first_line
 from preconcert.models.vllm_instructions import Row, Spelling, Written, instructions
 from preconcert.models.vllm_settings import VLLMSettings
@@ -31,6 +31,8 @@ _FIRST_PAUSE_S, _LONGER, _LONGEST_PAUSE_S = 0.5, 3.0, 60.0
 """Five retries take a minute: as long as a server that is started again."""
 _TOGETHER = 64
 """Prompts in one request at the most."""
+_CONNECT_S = 30.0
+"""Until a connection has to be there."""
 _AT_ONCE = 64
 """Requests under way at the most."""
 _AWAY = (502, 503, 504)
@@ -56,7 +58,7 @@ class ServerEngine:
         self._http = httpx.Client(
             base_url=self.url,
             headers=headers,
-            timeout=settings.timeout_s,
+            timeout=httpx.Timeout(settings.timeout_s, connect=min(settings.timeout_s, _CONNECT_S)),
             limits=httpx.Limits(max_connections=_AT_ONCE, max_keepalive_connections=_AT_ONCE),
         )
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="preconcert-vllm")
@@ -72,7 +74,8 @@ class ServerEngine:
         """The continuations of these rows, in as few requests as can be.
 
         Raises:
-            ModelError: a request is refused, or there is no answer in time and after all retries.
+            EngineAwayError: there is no answer in time, or none after all retries.
+            ModelError: a request is refused.
         """
         parts = _alike(rows)
         if len(parts) == 1:
@@ -129,6 +132,8 @@ class ServerEngine:
             [written] = self._write_part([row])
             table = written.tables[0]
             total = sum(2.718281828459045**table[one] for one in (token, token - 1))
+        except EngineAwayError:
+            raise
         except (ModelError, KeyError) as error:
             raise ModelError(
                 f"the server at {self.url} does not follow our instructions: start it with preconcert's command "
@@ -193,9 +198,13 @@ class ServerEngine:
         return answer
 
     def _ask(self, send: Callable[[], httpx.Response]) -> httpx.Response:
-        """An answer, whatever it says; the server may be away for a while."""
-        pause = _FIRST_PAUSE_S
-        for attempt in range(self._settings.retries + 1):
+        """An answer, whatever it says; the server may be away for a while.
+
+        Raises:
+            EngineAwayError: there is no answer in time, or none after all retries.
+        """
+        pause, attempt, broken = _FIRST_PAUSE_S, 0, False
+        while True:
             try:
                 answer = send()
                 if answer.status_code not in _AWAY and not _engine_died(answer):
@@ -203,17 +212,23 @@ class ServerEngine:
                 why = _reason(answer)
             except httpx.TimeoutException as error:
                 if not isinstance(error, httpx.ConnectTimeout):
-                    raise ModelError(
+                    raise EngineAwayError(
                         f"vLLM at {self.url} gave no answer within {self._settings.timeout_s:g} s"
                     ) from error
                 why = "it takes no connection"
             except httpx.TransportError as error:
                 why = f"{type(error).__name__}: {first_line(error)}"
-            if attempt < self._settings.retries:
-                _log.warning("vLLM at %s is away (%s); asked again in %.2g s", self.url, why, pause)
-                time.sleep(pause)
-                pause = min(_LONGER * pause, _LONGEST_PAUSE_S)
-        raise ModelError(f"vLLM at {self.url} is away, and was after {self._settings.retries} retries: {why}")
+                if not broken and not isinstance(error, httpx.ConnectError):
+                    # Likely an idle connection that the server closed just then. Requests carry their seeds: whatever
+                    # became of this one, another one gets the same answer.
+                    broken = True
+                    continue
+            if attempt >= self._settings.retries:
+                raise EngineAwayError(f"vLLM at {self.url} is away, and was after {attempt} retries: {why}")
+            attempt += 1
+            _log.warning("vLLM at %s is away (%s); asked again in %.2g s", self.url, why, pause)
+            time.sleep(pause)
+            pause = min(_LONGER * pause, _LONGEST_PAUSE_S)
 
 
 def _alike(rows: Sequence[Row]) -> list[list[int]]:

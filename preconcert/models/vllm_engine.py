@@ -37,7 +37,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.sampler import Sampler
 
-from preconcert.core import ModelError
+from preconcert.core import EngineAwayError, ModelError
 from preconcert.models.loading import first_line
 from preconcert.models.vllm_instructions import Dicing, Row, Written, instructions, read_instructions
 
@@ -364,7 +364,9 @@ class EmbeddedEngine:
                 return found
             except FutureTimeoutError:
                 self._give_up(driver, call)
-                raise ModelError(f"vLLM gave no answer to {len(rows)} requests within {self._timeout_s:g} s") from None
+                raise EngineAwayError(
+                    f"vLLM gave no answer to {len(rows)} requests within {self._timeout_s:g} s"
+                ) from None
             except EngineDiedError as error:
                 if self._closed:
                     raise ModelError("the vLLM engine is closed") from error

@@ -158,21 +158,24 @@ class VLLMServer:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until it answers.
+        """Wait until it answers. Whatever ends the waiting, Ctrl-C for one, ends the server.
 
         Raises:
             ModelError: it ended, or did not answer in time; with the end of its log.
         """
         deadline = time.monotonic() + self._patience_s
-        while not self.alive():
-            if self.pid is None or time.monotonic() > deadline:
-                ended = self.pid is None
-                self.stop()
-                raise ModelError(
-                    f"the vLLM server {'ended' if ended else f'did not answer within {self._patience_s:g} s'}; its log "
-                    f"{str(self.log)!r} ends: {self._last_words()}"
-                )
-            time.sleep(_POLL_S)
+        try:
+            while not self.alive():
+                if self.pid is None or time.monotonic() > deadline:
+                    ended = self.pid is None
+                    raise ModelError(
+                        f"the vLLM server {'ended' if ended else f'did not answer within {self._patience_s:g} s'}; its "
+                        f"log {str(self.log)!r} ends: {self._last_words()}"
+                    )
+                time.sleep(_POLL_S)
+        except BaseException:
+            self.stop()
+            raise
 
     def alive(self) -> bool:
         """Does it run, and say that it is well?"""
@@ -197,12 +200,14 @@ class VLLMServer:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its engine, should it have been left behind
+        try:
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_S)
+        finally:  # also where a second Ctrl-C ends the grace
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine, should it have been left behind
         process.wait()
 
     def __enter__(self) -> VLLMServer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from preconcert.core import ConfigError, EnvError, GrammarError, ModelError, PreconcertError
+from preconcert.core import ConfigError, EngineAwayError, EnvError, GrammarError, ModelError, PreconcertError
 
 
 class ServiceError(PreconcertError):
@@ -27,7 +27,7 @@ class ContextTooLongError(ModelError):
     """A prompt that the model, or the service, does not take."""
 
 
-class EngineDownError(ModelError):
+class EngineDownError(EngineAwayError):
     """The engine died and has not come back in time."""
 
 
@@ -42,7 +42,7 @@ def refusal_of(error: Exception) -> ServiceError:
             return error
         case ContextTooLongError():
             return ServiceError(422, "context_too_long", str(error))
-        case EngineDownError():
+        case EngineAwayError():
             return ServiceError(503, "engine_down", str(error), retry_after=5)
         case ConfigError() | GrammarError() | EnvError() | ModelError():
             return ServiceError(422, "invalid_request", str(error))

@@ -29,6 +29,9 @@ from preconcert.serving.team import ServedTeam, team_of_run
 from preconcert.training.recipe import Recipe
 from preconcert.training.run_folder import base_of, load_model
 
+_CALL_S = 900.0
+"""Of one call of vLLM, where `vllm.timeout_s` does not say: much longer than a request waits for its answer, so that
+who is told to ask again finds the turn written. What takes longer is an engine that hangs."""
 _VLLM_CALLS = 4
 """Calls of vLLM at once: it takes new sequences in at every step, and each call brings all that wait."""
 
@@ -66,7 +69,8 @@ def serve(
     port: int = 8000,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> None:
-    """Serve a run until told to stop (Ctrl-C or SIGTERM); what is being written then is finished first.
+    """Serve a run until told to stop (Ctrl-C or SIGTERM); what is being written then is finished first. While the
+    engine starts, both end it with the service.
 
     Args:
         run: its folder.
@@ -82,6 +86,7 @@ def serve(
     Raises:
         PreconcertError: the run cannot be served.
     """
+    signal.signal(signal.SIGTERM, _end)
     listening = _listen(host, port)
     kind, why = pick_engine(engine)
     say(f"engine: {kind.value} ({why})")
@@ -107,15 +112,27 @@ def serve(
         if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
             say("no API key: everybody who reaches this address may use the team (--api-key)")
         say(f"{run} plays {recipe.task} at {where} (page), {where}/docs (API), {where}/v1 (OpenAI); Ctrl-C ends it")
-        # uvicorn raises the signal that ended it once more; by then everything is done.
+        server = uvicorn.Server(config)
+
+        def told(number: int, frame: object) -> None:
+            """uvicorn raises the signal that ended it once more; by then everything is done."""
+            if not server.should_exit:
+                _end(number, frame)
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listening])
+            signal.signal(number, told)
+        server.run(sockets=[listening])
         say("ended")
     finally:
         model.close()
         writer.close()
         listening.close()
+
+
+def _end(number: int, frame: object) -> None:
+    """A signal before there is anything to finish: everything is let go of as after an error, once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def _embedded(
@@ -163,14 +180,16 @@ def start_vllm_engine(
     server.start()
     writer = Supervised(server, on_restart=metrics.restarts.inc)
     try:
-        there = own.model_copy(update={"url": server.url, "retries": 0, "timeout_s": settings.timeout_s})
+        patience_s = vllm.timeout_s if "timeout_s" in vllm.model_fields_set else _CALL_S
+        there = own.model_copy(update={"url": server.url, "retries": 0, "timeout_s": patience_s})
         spoken = load_model(recipe, run, run / "adapters") if latent else None
         model: LanguageModel = VLLMModel.load(base, recipe.lora, recipe.dtype, there, spoken)
+        # Latent messages are written by the embedded model, which does one thing at a time.
+        workers = 1 if latent else _VLLM_CALLS
+        return writer, shared(model, settings.max_context, workers, writer, metrics.model_call)
     except BaseException:
         writer.close()
         raise
-    # Latent messages are written by the embedded model, which does one thing at a time.
-    return writer, shared(model, settings.max_context, 1 if latent else _VLLM_CALLS, writer, metrics.model_call)
 
 
 def _adapters(run: Path) -> Mapping[str, Path]:

@@ -5,7 +5,7 @@ and puts everything that waits into one call of the inner model, from threads of
 thing at a time, several for one that batches by itself; `Engine`, what it asks when a call fails; `shared`.
 
 Callers cannot see each other: what comes out of a batch does not depend on what else is in it, and where a batch fails,
-each caller's part is tried alone, so that the error reaches the one who made it.
+each caller's part is tried alone, so that the error reaches the one who made it. Where the engine fails, all are told.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from preconcert.core import Latent
+from preconcert.core import EngineAwayError, Latent
 from preconcert.models.language_model import (
     ChoiceRequest,
     Completion,
@@ -241,6 +241,10 @@ class SharedModel:
             return
         try:
             answers = self._patiently(kind, [request for call in calls for request in call.requests])
+        except EngineAwayError as error:  # of nobody in the batch: asking for each alone would only take as long again
+            for call in calls:
+                call.answer.set_exception(error)
+            return
         except Exception:  # of somebody in the batch; each alone finds out whose
             for call in calls:
                 self._answer(kind, [call])
