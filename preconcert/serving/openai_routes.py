@@ -14,7 +14,8 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -139,12 +140,26 @@ class _Written:
     def __init__(self, team: ServedTeam, settings: ServiceSettings) -> None:
         self.team = team
         self.settings = settings
+        self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="openai")
         self._template = chat_template(team.format, tuple(team.assignment), team.agents.context is Context.TRANSCRIPT)
 
     async def answer(self, body: CompletionBody | ChatBody) -> Response:
         """One answer, or a stream."""
         self._refuse(body)
         adapter = _adapter_of(self.team, body.model)
+        # All of it in a thread: reading a long prompt and spelling out a long answer would keep everybody waiting.
+        work = asyncio.get_running_loop().run_in_executor(self._threads, self._written, body, adapter)
+        try:
+            return await asyncio.wait_for(work, self.settings.timeout_s)
+        except TimeoutError:
+            raise ServiceError(
+                503,
+                "timeout",
+                f"the answer took longer than {self.settings.timeout_s:g} s",
+                retry_after=self.settings.retry_after_s,
+            ) from None
+
+    def _written(self, body: CompletionBody | ChatBody, adapter: str | None) -> Response:
         tokenizer, chat = self.team.model.tokenizer, isinstance(body, ChatBody)
         ids = self._prompt(body)
         grammar = self._grammar(body) if isinstance(body, ChatBody) else None
@@ -159,17 +174,7 @@ class _Written:
             )
             for number in range(body.n)
         ]
-        try:
-            found = await asyncio.wait_for(
-                asyncio.to_thread(self.team.model.generate, requests), self.settings.timeout_s
-            )
-        except TimeoutError:
-            raise ServiceError(
-                503,
-                "timeout",
-                f"the answer took longer than {self.settings.timeout_s:g} s",
-                retry_after=self.settings.retry_after_s,
-            ) from None
+        found = self.team.model.generate(requests)
         name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         kind = "chat.completion" if chat else "text_completion"
         head = {"id": name, "object": kind, "created": int(time.time()), "model": body.model}
@@ -292,21 +297,55 @@ class _Written:
         return choice
 
 
-def _cut(tokenizer: Any, completion: Completion, stops: list[str]) -> tuple[list[str], str]:
+def _cut(tokenizer: Any, completion: Completion, stops: Sequence[str]) -> tuple[list[str], str]:
     """A completion's text in pieces, one per token, as far as the first stop; and why it ended."""
     pieces: list[str] = []
-    before = ""
-    for end in range(1, len(completion.ids) + 1):
-        text = tokenizer.decode(list(completion.ids[:end]), skip_special_tokens=True)
+    length = 0
+    reach = max(map(len, stops), default=1) - 1
+    """As much of what was there before can belong to a stop."""
+    tail = ""
+    for piece in _pieces(tokenizer, completion.ids):
+        pieces.append(piece)
+        length += len(piece)
+        text = tail + piece
+        if places := [text.find(stop) for stop in stops if stop in text]:
+            return _first(pieces, length - len(text) + min(places)), "stop"
+        tail = text[max(0, len(text) - reach) :]
+    return pieces, "length" if completion.ended is CompletionEnd.LENGTH else "stop"
+
+
+def _first(pieces: Sequence[str], length: int) -> list[str]:
+    """The first characters of a text in pieces."""
+    found: list[str] = []
+    for piece in pieces:
+        if length <= 0:
+            break
+        found.append(piece[:length])
+        length -= len(piece)
+    return found
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """The text token by token; characters of several tokens come with the last. A token is decoded after the one before
+    it, since at the beginning of a text it may look otherwise."""
+    special = set(tokenizer.all_special_ids)
+    before: list[int] = []
+    """The token that showed last."""
+    new: list[int] = []
+    """What did not show yet."""
+    shown = ""
+    for token in ids:
+        if token in special:
+            yield ""
+            continue
+        new.append(token)
+        text: str = tokenizer.decode(before + new, skip_special_tokens=True)
         if text.endswith("\ufffd"):  # a character that is not complete yet
             continue
-        places = [text.find(stop) for stop in stops if stop in text]
-        if places:
-            pieces.append(text[len(before) : min(places)])
-            return pieces, "stop"
-        pieces.append(text[len(before) :])
-        before = text
-    return pieces, "length" if completion.ended is CompletionEnd.LENGTH else "stop"
+        yield text[len(shown) :]
+        if len(text) > len(shown):
+            before, new = new, []
+            shown = tokenizer.decode(before, skip_special_tokens=True)
 
 
 async def _chunks(

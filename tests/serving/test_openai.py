@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from preconcert.agents import AgentSettings, GenerativeTeam
 from preconcert.core import derive_seed
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel
-from preconcert.models.language_model import GenerateRequest
+from preconcert.models.language_model import Completion, CompletionEnd, GenerateRequest
+from preconcert.serving.openai_routes import _cut
+from tests.models.checkpoints import build_chat_tokenizer
 from tests.training.teams import AGENTS, PARAMS, TASK
 
 openai = pytest.importorskip("openai")
@@ -90,3 +95,45 @@ def test_what_is_refused_is_named(client) -> None:  # type: ignore[no-untyped-de
         chat("agent_0", "system")
     with pytest.raises(openai.UnprocessableEntityError, match="temperature"):
         client.completions.create(model="agent_0", prompt="row", temperature=-1)
+
+
+class Counting:
+    """A tokenizer that says how much it was asked to decode."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.decoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        self.decoded += len(ids)
+        return str(self.tokenizer.decode(ids, **options))
+
+
+def written(tokenizer: Any, ids: Sequence[int]) -> Completion:
+    return Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), CompletionEnd.LENGTH)
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_a_long_answer_is_spelled_out_once(kind: str, model: TransformersModel) -> None:
+    tokenizer = Counting(model.tokenizer if kind == "words" else build_chat_tokenizer())
+    words = "row 1 col 2 north south left 3 " if kind == "words" else "Ünder the ☂ — naïve, two  spaces ; 東京 "
+    ids = tokenizer.encode(words * 60, add_special_tokens=False)
+    ids = [*ids[:7], tokenizer.eos_token_id, *ids[7:]]
+    pieces, ended = _cut(tokenizer, written(tokenizer, ids), [])
+    assert ended == "length"
+    assert len(pieces) > 200
+    assert "".join(pieces) == tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decoded < 12 * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [(["2"], "row 1 col "), (["l 2 n"], "row 1 co"), (["north", "col 2"], "row 1 "), (["south", "row 1"], "")],
+)
+def test_an_answer_ends_before_its_first_stop(stops: list[str], text: str, model: TransformersModel) -> None:
+    ids = model.tokenizer.encode("row 1 col 2 north south", add_special_tokens=False)
+    pieces, ended = _cut(model.tokenizer, written(model.tokenizer, ids), stops)
+    assert ("".join(pieces), ended) == (text, "stop")
