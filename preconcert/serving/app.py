@@ -157,6 +157,7 @@ def create_app(
     settings, metrics = settings or ServiceSettings(), metrics or Metrics()
     if team.model.meter is None:
         team.model.meter = metrics.model_call
+    metrics.agents = frozenset(team.assignment)
     service = Service(team, settings, writer or Embedded(), face or Face(), metrics)
 
     @contextlib.asynccontextmanager
@@ -169,6 +170,8 @@ def create_app(
             watching.cancel()
             if not service.writer.ready:
                 service.writer.give_up()
+            if not await service.sessions.written(settings.timeout_s):
+                await asyncio.to_thread(service.writer.close)  # an engine that hangs; who waits for it is told
             await service.sessions.finish()
             await asyncio.to_thread(team.model.close)
             await asyncio.to_thread(service.writer.close)

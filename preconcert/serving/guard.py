@@ -19,7 +19,9 @@ from preconcert.serving.metrics import Metrics
 from preconcert.serving.settings import ServiceSettings
 
 OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
-"""Paths that ask for no key: they tell nothing about anybody."""
+"""Paths that ask for no key: they tell nothing about anybody. They take no body either, and none is waited for."""
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods that are counted by name; clients may invent others."""
 _LOG = logging.getLogger("preconcert.serving")
 
 
@@ -68,8 +70,6 @@ class Guard:
             await send(message)
             finished = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        self._running += 1
-        self.metrics.running.set(self._running)
         try:
             await self._answer(scope, receive, sending)
         except ServiceError as error:
@@ -80,28 +80,39 @@ class Guard:
             if not status:
                 await _refuse(ServiceError(500, "internal", "the service failed; its log says how"), sending)
         finally:
-            self._running -= 1
-            self.metrics.running.set(self._running)
             if not finished:
                 self.metrics.disconnects.inc()
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(scope["method"], route, str(status or 499)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, route, str(status or 499)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        if scope["path"] not in OPEN:
-            self._check_key(headers.get(b"authorization", b""))
-            if self._running > self.settings.max_requests:
-                raise ServiceError(
-                    503,
-                    "too_many_requests",
-                    f"{self.settings.max_requests} requests are being answered, which is the limit; try again",
-                    retry_after=self.settings.retry_after_s,
-                )
-        body = await self._body(headers, receive)
-        if body is None:
+        if scope["path"] in OPEN:
+            rest = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+            await self._pass_on(scope, b"", receive, _closing(send) if rest else send)
             return
+        self._check_key(headers.get(b"authorization", b""))
+        if self._running >= self.settings.max_requests:
+            raise ServiceError(
+                503,
+                "too_many_requests",
+                f"{self.settings.max_requests} requests are being answered, which is the limit; try again",
+                retry_after=self.settings.retry_after_s,
+            )
+        self._running += 1
+        self.metrics.running.set(self._running)
+        try:
+            body = await self._body(headers, receive)
+            if body is not None:
+                await self._pass_on(scope, body, receive, send)
+        finally:
+            self._running -= 1
+            self.metrics.running.set(self._running)
+
+    async def _pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """To the application, with a body that is there."""
         given = False
 
         async def receiving() -> Message:
@@ -145,6 +156,17 @@ class Guard:
             raise ServiceError(
                 408, "slow_body", f"the body did not come within {self.settings.body_timeout_s:g} s"
             ) from None
+
+
+def _closing(send: Send) -> Send:
+    """The rest of the body is not read, so that nothing else can come on this connection."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await send(message)
+
+    return sending
 
 
 async def _refuse(error: ServiceError, send: Any) -> None:

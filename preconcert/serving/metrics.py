@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -17,6 +19,8 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
+        self.agents: Collection[str] = ()
+        """Those that are counted by name: the team's; clients may invent others."""
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "preconcert_requests", "Requests answered.", ["method", "route", "status"], registry=registry
@@ -28,7 +32,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.running = Gauge("preconcert_requests_running", "Requests being answered.", registry=registry)
+        self.running = Gauge(
+            "preconcert_requests_running", "Requests being answered, those of open paths left out.", registry=registry
+        )
         self.disconnects = Counter(
             "preconcert_disconnects", "Clients that did not wait for their answer.", registry=registry
         )
@@ -60,7 +66,7 @@ class Metrics:
 
     def turn(self, turn: TurnAnswer) -> None:
         """One turn that was written."""
-        self.turns.labels(turn.agent if len(turn.agent) < 32 else "other", str(turn.malformed).lower()).inc()
+        self.turns.labels(turn.agent if turn.agent in self.agents else "other", str(turn.malformed).lower()).inc()
         self.tokens.labels("prompt").inc(turn.prompt_tokens)
 
     def text(self) -> bytes:

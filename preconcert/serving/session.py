@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from preconcert.agents import Channel, GenerativeTeam
-from preconcert.agents.channel import Nearest
+from preconcert.agents.channel import Nearest, check_places
 from preconcert.agents.planners import Beam, BestOfK, PlanningTeam, Tree
 from preconcert.core import (
     ConfigError,
@@ -202,6 +202,8 @@ class Session:
                 f"positions are needed of all agents, since messages go to the nearest: "
                 f"{', '.join(self.state.env.agents)}"
             )
+        if needs_places:
+            check_places(body.positions or {})
         world = self._outside
         if world is None:
             if self.step:
@@ -342,13 +344,19 @@ def _check_plan(body: SessionBody, settings: ServiceSettings) -> None:
         return
     match plan:
         case Tree():
-            size = plan.candidates + plan.rounds * plan.leaves
+            leaves = plan.rounds * plan.leaves
+            turns, steps = plan.candidates + leaves * plan.branch, leaves
         case Beam():
-            size = (plan.candidates + plan.width * plan.branch * (plan.horizon - 1)) * plan.samples
+            grown = plan.width * plan.branch * (plan.horizon - 1)
+            turns, steps = plan.candidates + grown, (plan.candidates + grown) * plan.samples
         case BestOfK():
-            size = plan.candidates * plan.horizon * plan.samples
-    if size > settings.max_plan:
-        raise ConfigError(f"plan: {size} imagined steps per turn are more than the limit of {settings.max_plan}")
+            ways = plan.candidates * plan.samples
+            turns, steps = plan.candidates + ways * (plan.horizon - 1), ways * plan.horizon
+    if turns + steps > settings.max_plan:
+        raise ConfigError(
+            f"plan: {turns} turns and {steps} imagined steps to decide one turn are more than the limit of "
+            f"{settings.max_plan} together"
+        )
 
 
 __all__ = ["FREE", "Decided", "OutsideWorld", "Session"]

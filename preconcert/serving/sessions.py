@@ -11,7 +11,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,8 @@ class Sessions:
         self._places: dict[str, _Place] = {}
         self._opening = 0
         self._on_change = on_change
+        self._openers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="open")
+        """Apart from the turns, so that neither waits for the other."""
         self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="session")
         self._hands = ThreadPoolExecutor(max_workers=128, thread_name_prefix="agent")
         self._running: set[asyncio.Future[Decided]] = set()
@@ -82,7 +84,7 @@ class Sessions:
         """A new session.
 
         Raises:
-            ServiceError: there are too many.
+            ServiceError: there are too many, or it took too long; then there is none.
             PreconcertError: what is asked for cannot be played.
         """
         if len(self._places) + self._opening >= self.settings.max_sessions:
@@ -94,17 +96,39 @@ class Sessions:
                 f"{self.settings.max_sessions} sessions are open, which is the limit; close one, or try again later",
                 retry_after=self.settings.retry_after_s,
             )
+        name = secrets.token_urlsafe(16)
+        work = self._openers.submit(Session, name, self.team, body, self.settings, self._hands)
+        opening = asyncio.wrap_future(work)
         self._opening += 1
         try:
-            name = secrets.token_urlsafe(16)
-            session = await asyncio.get_running_loop().run_in_executor(
-                self._threads, Session, name, self.team, body, self.settings, self._hands
+            await asyncio.wait({opening}, timeout=self.settings.timeout_s)
+        except BaseException:
+            self._abandon(work, opening)
+            raise
+        if not opening.done():
+            self._abandon(work, opening)
+            raise ServiceError(
+                503,
+                "timeout",
+                f"the session was not open within {self.settings.timeout_s:g} s; it will not be: open another one",
+                retry_after=self.settings.retry_after_s,
             )
-            self._places[name] = _Place(session)
-        finally:
-            self._opening -= 1
+        self._opening -= 1
+        session = opening.result()
+        self._places[name] = _Place(session)
         self._on_change(len(self._places), None)
         return session
+
+    def _abandon(self, work: Future[Session], opening: asyncio.Future[Session]) -> None:
+        """Nobody waits for this session any more. It counts until its thread is free again."""
+
+        def over(done: asyncio.Future[Session]) -> None:
+            self._opening -= 1
+            if not done.cancelled() and done.exception() is None:
+                done.result().close()
+
+        opening.add_done_callback(over)
+        work.cancel()  # where it has not begun
 
     def get(self, name: str) -> Session:
         """A session by its name.
@@ -172,12 +196,17 @@ class Sessions:
                 yield turn
         yield decided
 
+    async def written(self, patience_s: float) -> bool:
+        """Wait for every turn that is being written: are all of them there in time?"""
+        return not self._running or not (await asyncio.wait(self._running, timeout=patience_s))[1]
+
     async def finish(self) -> None:
         """Wait for every turn that is being written, and close all sessions."""
         if self._running:
             await asyncio.wait(self._running)
         for place in list(self._places.values()):
             self._drop(place, "shutdown")
+        self._openers.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True)
         self._hands.shutdown(wait=True)
 

@@ -28,7 +28,7 @@ class ServiceSettings(BaseModel):
     """Being answered at once; beyond, 503."""
     max_steps: int = Field(1000, ge=1)
     """Of a session whose world is the client's, or whose task has parameters of the client's; rounds of talk count."""
-    max_plan: int = Field(2048, ge=1)
-    """Candidates x samples x steps of a plan: what one planned turn may cost."""
+    max_plan: int = Field(4096, ge=1)
+    """What one planned turn may cost: turns sampled from the policy and steps of the world model, together."""
     retry_after_s: int = Field(2, ge=1)
     """What a 503 asks to wait."""

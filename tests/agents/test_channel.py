@@ -229,6 +229,8 @@ def test_a_topology_must_fit_the_task() -> None:
         check_topology(Pairs(pairs={"agent_0": ("agent_2",)}), grid, "rendezvous")
     with pytest.raises(ConfigError, match="nobody says where 'a' is"):
         reached({"type": "nearest", "k": 1})
+    with pytest.raises(ConfigError, match="'a' has 2 coordinates and 'c' 1"):
+        reached({"type": "nearest", "k": 1}, {"a": (0, 0), "b": (0, 1), "c": (1,), "d": (5, 5)})
 
 
 def test_plain_settings_tell_what_they_always_told() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
+from preconcert.agents import ChannelSettings
+from preconcert.agents.channel import Nearest
+from preconcert.core import EngineAwayError
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel
 from preconcert.models.language_model import Completion, GenerateRequest
 from preconcert.serving.app import create_app
+from preconcert.serving.session import Session
 from preconcert.serving.settings import ServiceSettings
 from preconcert.serving.shared_model import SharedModel
 from preconcert.serving.team import ServedTeam
@@ -97,6 +104,7 @@ def test_metrics(http: httpx.Client) -> None:
         ({"plan": {"type": "best-of-k"}}, ["no world model"]),
         ({"plan": {"type": "best-of-k", "candidates": 512, "samples": 64}}, ["plan"]),
         ({"plan": {"type": "best"}}, ["plan"]),
+        ({"plan": {"type": "tree", "branch": 64}}, ["plan", "10256 turns and 160 imagined steps", "4096"]),
         ({"language": LANGUAGE}, ["agents is empty"]),
         ({"language": LANGUAGE, "agents": {"a": "agent_0"}, "task": TASK}, ["task"]),
         ([], ["JSON object"]),
@@ -320,3 +328,139 @@ def test_episodes_are_as_long_as_the_service_allows(served: Callable[..., Served
         refused(http.post("/v1/sessions", json={"params": {"talk_rounds": 3}}), 422, f"{3 * own} steps")
     with running(create_app(served(), ServiceSettings(max_steps=1))) as url, httpx.Client(base_url=url) as http:
         session(http)
+
+
+def test_an_engine_that_is_away_is_not_the_requests_fault(served: Callable[..., ServedTeam]) -> None:
+    """All who wait in one batch are told at once, to ask again; and then they get it."""
+    team = served()
+    inner, calls = team.model.inner, threading.Semaphore(0)
+    away = threading.Event()
+    away.set()
+
+    class Away(Slow):
+        def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+            if not away.is_set():
+                return inner.generate(requests)
+            calls.release()
+            self.began.set()
+            time.sleep(0.5)
+            raise EngineAwayError("vLLM gave no answer within 900 s")
+
+    slow = Away(inner, 0.5)  # type: ignore[arg-type]
+    team.model.inner = slow  # type: ignore[assignment]
+    with running(create_app(team)) as url, httpx.Client(base_url=url, timeout=30) as http:
+        name = session(http, instance=3)
+        answer = http.post(f"/v1/sessions/{name}/step", json={"step": 0})
+        refused(answer, 503, "no answer within 900 s")
+        assert int(answer.headers["retry-after"]) > 0
+        answer = http.post("/v1/completions", json={"model": "agent_0", "prompt": "row"})
+        refused(answer, 503)
+        while calls.acquire(blocking=False):
+            pass
+        failed: list[Exception] = []
+
+        def ask(number: int) -> None:
+            try:
+                team.model.generate([GenerateRequest((5, 6, 7), number, "agent_0", max_tokens=4)])
+            except Exception as error:
+                failed.append(error)
+
+        slow.began.clear()
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+        threads[0].start()
+        assert slow.began.wait(20)
+        for thread in threads[1:]:  # these wait for the first, and then for one answer together
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert [type(error) for error in failed] == [EngineAwayError] * 6
+        tried = 0
+        while calls.acquire(blocking=False):
+            tried += 1
+        assert tried <= 3
+        away.clear()
+        assert http.post(f"/v1/sessions/{name}/step", json={"step": 0}).status_code == 200
+
+
+def test_open_paths_wait_for_no_body(served: Callable[..., ServedTeam]) -> None:
+    settings = ServiceSettings(api_key="sesame", max_requests=1)
+    with running(create_app(served(), settings)) as url, contextlib.ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        for path in ("/health", "/", "/docs", "/v1/agents"):
+            line = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            line.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{{".encode())
+            said = line.recv(4096).decode().lower()
+            assert said.split()[1] in ("405", "401")
+            assert path == "/v1/agents" or "connection: close" in said
+        for _ in range(2):
+            answer = httpx.get(f"{url}/v1/agents", headers={"authorization": "Bearer sesame"})
+            assert answer.status_code == 200, answer.text
+
+
+def test_clients_cannot_invent_figures(served: Callable[..., ServedTeam]) -> None:
+    app = create_app(served())
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            for number in range(5):
+                await client.request(f"FROB{number}", "/health")
+
+    asyncio.run(ask())
+    with running(app) as url, httpx.Client(base_url=url) as http:
+        agents = {"north": "agent_0", "agent_1": "agent_1"}
+        name = session(http, language=LANGUAGE, agents=agents)
+        views = dict(zip(agents, seen().values(), strict=True))
+        assert http.post(f"/v1/sessions/{name}/observe", json={"observations": views}).status_code == 200
+        text = http.get("/metrics").text
+    assert "FROB" not in text
+    assert 'preconcert_requests_total{method="other",' in text
+    assert 'agent="north"' not in text
+    assert 'preconcert_turns_total{agent="other",' in text
+    assert 'preconcert_turns_total{agent="agent_1",' in text
+
+
+def test_places_have_the_same_number_of_coordinates(served: Callable[..., ServedTeam]) -> None:
+    team = served(channel=ChannelSettings(topology=Nearest(k=1)))
+    with running(create_app(team)) as url, httpx.Client(base_url=url) as http:
+        name = session(http, **FREE)
+        for places, words in (
+            ({"agent_0": [1, 2]}, "positions are needed of all"),
+            ({"agent_0": [1, 2], "agent_1": [1]}, "'agent_0' has 2 coordinates and 'agent_1' 1"),
+        ):
+            body = {"observations": seen(), "positions": places}
+            refused(http.post(f"/v1/sessions/{name}/observe", json=body), 422, words)
+        body["positions"] = {"agent_0": [1, 2], "agent_1": [1, 1]}
+        for _ in range(2):
+            assert http.post(f"/v1/sessions/{name}/observe", json=body).status_code == 200
+
+
+def test_a_session_that_takes_too_long_to_open_is_none(
+    served: Callable[..., ServedTeam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, closed = threading.Event(), threading.Event()
+
+    class Stuck(Session):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            assert goes_on.wait(20)
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    settings = ServiceSettings(timeout_s=0.3, max_sessions=1)
+    with running(create_app(served(), settings)) as url, httpx.Client(base_url=url, timeout=20) as http:
+        with monkeypatch.context() as patch:
+            patch.setattr("preconcert.serving.sessions.Session", Stuck)
+            answer = http.post("/v1/sessions", json={})
+        refused(answer, 503, "not open within 0.3 s")
+        assert int(answer.headers["retry-after"]) > 0
+        refused(http.post("/v1/sessions", json={}), 503, "1 sessions")  # its thread is not free yet
+        goes_on.set()
+        assert closed.wait(20)
+        assert http.get("/ready").json()["sessions"] == 0
+        deadline = time.monotonic() + 20
+        while (answer := http.post("/v1/sessions", json={})).status_code == 503:
+            assert time.monotonic() < deadline
+        assert answer.status_code == 201

@@ -14,11 +14,12 @@ from preconcert.agents.channel.topology import (
     Nearest,
     Pairs,
     TopologySettings,
+    check_places,
     check_topology,
     positions_of,
 )
 
 __all__ = [
     "Broadcast", "Channel", "ChannelMode", "ChannelSettings", "Messenger", "Nearest", "Pairs", "Scene",
-    "TopologySettings", "check_topology", "positions_of", "slot_bits",
+    "TopologySettings", "check_places", "check_topology", "positions_of", "slot_bits",
 ]

@@ -78,6 +78,7 @@ class Nearest(_Topology):
         unknown = [name for name in (sender, *others) if positions is None or name not in positions]
         if positions is None or unknown:
             raise ConfigError(f"channel.topology nearest: nobody says where {unknown[0]!r} is")
+        check_places({name: positions[name] for name in (sender, *others)})
         here = positions[sender]
 
         def away(other: str) -> int:
@@ -131,6 +132,22 @@ def positions_of(env: Env) -> Positions | None:
     """Where a task's agents are; None where it does not say (see `core.Located`)."""
     where = getattr(env, "positions", None)
     return None if where is None else where()
+
+
+def check_places(positions: Positions) -> None:
+    """Are these places of one world?
+
+    Raises:
+        ConfigError: they have different numbers of coordinates.
+    """
+    sizes = {name: len(place) for name, place in positions.items()}
+    for name, size in sizes.items():
+        first, wanted = next(iter(sizes.items()))
+        if size != wanted:
+            raise ConfigError(
+                f"positions: {first!r} has {wanted} coordinates and {name!r} {size}; messages go to the nearest, "
+                "which takes the same number of all"
+            )
 
 
 def check_topology(topology: Broadcast | Pairs | Nearest | Messenger, env: Env, task: str) -> None:
