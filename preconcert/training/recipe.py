@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings
+from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings, Context
 from preconcert.core import SpanKind
 from preconcert.envs import TALK_ROUNDS, with_rounds
 from preconcert.models import LatentMethod, LoraSettings, StarterSettings
@@ -17,6 +17,7 @@ from preconcert.training.critic_settings import CriticSettings
 from preconcert.training.imagination import ImaginationSettings
 from preconcert.training.latent_start import LatentStartSettings
 from preconcert.training.league import LeagueSettings
+from preconcert.training.message_credit import MessageCreditSettings
 from preconcert.training.message_price import MessagePriceSettings, MeterName
 from preconcert.training.rows import SpeechGradient
 from preconcert.training.sampler import Engine, RolloutSettings
@@ -113,6 +114,9 @@ class GRPOSettings(BaseModel):
     true predictions are and how predictable the agents."""
     message_price: MessagePriceSettings | None = None
     """What messages cost their senders, up to a cap on bits that is met by raising the price; null: nothing."""
+    message_credit: MessageCreditSettings | None = None
+    """Reinforce messages with what they were worth to who heard them, by a world model; null: with the game's advantage
+    alone. Values that disagree with the real ablation stop the run before it trains."""
     speech: SpeechGradient = SpeechGradient.SCORE
     """How senders of latent messages learn: `score`, `path` or `both`."""
     imagination: ImaginationSettings | None = None
@@ -396,6 +400,7 @@ class Recipe(BaseModel):
                 "agent.codec=learned gives announced actions the task's advantage, since they need not be said: set "
                 "grpo.prediction.announcement=0"
             )
+        self._message_credit_fits()
         if priced is None:
             return
         if codec.type not in ("slots", "learned"):
@@ -411,6 +416,36 @@ class Recipe(BaseModel):
         if self.update.ratio is not RatioLevel.TOKEN:
             raise ValueError(
                 "grpo.message_price needs update.ratio=token: others put messages and actions into one number"
+            )
+
+    def _message_credit_fits(self) -> None:
+        if self.grpo.message_credit is None:
+            return
+        if self.agent.codec.type not in ("slots", "learned"):
+            raise ValueError(
+                f"grpo.message_credit is for words that senders choose; codec={self.agent.codec.type} has none"
+            )
+        if not self.agent.spans.say or SpanKind.SAY not in self.grpo.policy_spans:
+            raise ValueError("grpo.message_credit needs agent.spans.say, and say among grpo.policy_spans")
+        if self.agent.context is not Context.TURN:
+            raise ValueError(
+                f"grpo.message_credit takes messages back, which agent.context={self.agent.context.value} cannot: set "
+                "agent.context=turn"
+            )
+        if self.grpo.credit.branches or self.league is not None or self.channel.rounds > 1:
+            raise ValueError("grpo.message_credit needs whole games: no branching credit, league or rounds of talk")
+        if self.channel.mode is not ChannelMode.ON:
+            raise ValueError(
+                f"grpo.message_credit: with channel.mode={self.channel.mode.value} nobody hears what is said"
+            )
+        if self.update.ratio is not RatioLevel.TOKEN:
+            raise ValueError(
+                "grpo.message_credit needs update.ratio=token: others put messages and actions into one number"
+            )
+        if self.rollout.staleness:
+            raise ValueError(
+                f"rollout.staleness={self.rollout.staleness} does not go with grpo.message_credit: both play with the "
+                "team at once"
             )
 
     def _predictions_fit(self) -> None:

@@ -12,6 +12,7 @@ The run folder:
     episodes.jsonl        every training episode
     log.jsonl             one line per iteration
     world/                the world model's adapter and report, where the recipe has one
+    message_check.json    values of messages against the real ablation, where they are trained on
     warm_start.json, gate.json, result.json   what each stage found; written when it is over
 """
 
@@ -51,6 +52,7 @@ from preconcert.training.imagination import ImaginedIn, Imaginer
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_stage import train_latent_stage
 from preconcert.training.league import League, gather
+from preconcert.training.message_credit import CHECK, MessageCredit, passed
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
@@ -142,6 +144,9 @@ def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
     imagined = recipe.grpo.imagination
     if imagined is not None and imagined.model is ImaginedIn.WORLD and recipe.world_model is None:
         raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
+    valued = recipe.grpo.message_credit
+    if valued is not None and valued.model is ImaginedIn.WORLD and recipe.world_model is None:
+        raise ConfigError("grpo.message_credit imagines in a world model, and the recipe has no world_model section")
     learning = sum(name not in recipe.frozen for name in assignment.values())
     if recipe.update.order is Order.SEQUENTIAL and learning and recipe.grpo.minibatches % learning:
         raise ConfigError(
@@ -214,6 +219,14 @@ def _reinforce(
         league.clear()
     refresh, own = _own_world(recipe, out, model, begin, world)
     imaginer = make_imaginer(recipe, team, trainable, own)
+    worth = make_message_credit(recipe, team, trainable, own, world)
+    checked = passed(out / CHECK)
+    _barrier(world)
+    if worth is not None and not checked:
+        reporter.stage("values of messages against the world", 1)
+        found = worth.check(recipe.task, recipe.params, recipe.channel, out / CHECK if rank == 0 else None)
+        reporter.say(f"values of messages: rank correlation with the real ablation {found.correlation:.2f}")
+        _barrier(world)
     source = GameSource(
         recipe,
         team,
@@ -226,6 +239,7 @@ def _reinforce(
         values=values,
         league=league,
         imaginer=imaginer,
+        worth=worth,
         publisher=publisher,
     )
     reporter.stage("reinforcement learning", settings.iterations)
@@ -274,7 +288,8 @@ def _own_world(
             raise ConfigError("world_model.refresh_every is for runs of one process: rollouts are not shared for it")
         refresh = WorldRefresh(recipe, out, model, begin)
         return refresh, refresh.world
-    if imagined is not None and imagined.model is ImaginedIn.WORLD:
+    valued = recipe.grpo.message_credit
+    if any(each is not None and each.model is ImaginedIn.WORLD for each in (imagined, valued)):
         return None, load_world_model(out, model)
     return None, None
 
@@ -313,6 +328,31 @@ def make_imaginer(
     if model is None:
         raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
     return Imaginer(settings, team, model, trainable)
+
+
+def make_message_credit(
+    recipe: Recipe, team: GenerativeTeam, trainable: Collection[str], model: WorldModel | None, world: int = 1
+) -> MessageCredit | None:
+    """Who values messages as a recipe asks for; None where it does not.
+
+    Args:
+        recipe: whose `grpo.message_credit` counts.
+        team: whose agents.
+        trainable: the adapters that learn.
+        model: the recipe's world model, if it has one.
+        world: number of processes.
+
+    Raises:
+        ConfigError: it wants to imagine in a world model and has none.
+    """
+    settings = recipe.grpo.message_credit
+    if settings is None:
+        return None
+    if settings.model is ImaginedIn.ORACLE:
+        model = OracleWorldModel(team, OracleValue.ROLLOUT)
+    if model is None:
+        raise ConfigError("grpo.message_credit imagines in a world model, and the recipe has no world_model section")
+    return MessageCredit(settings, team, model, trainable, recipe.seed, world)
 
 
 def make_critic(

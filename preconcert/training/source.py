@@ -34,6 +34,7 @@ from preconcert.training.imagination import Imaginer, damped_advantages
 from preconcert.training.league import League
 from preconcert.training.measures import measure
 from preconcert.training.message_costs import MessageLedger
+from preconcert.training.message_credit import MessageCredit
 from preconcert.training.message_meter import meter_of
 from preconcert.training.message_price import MeterName, Per
 from preconcert.training.prediction import foretold, pay, payments, prediction_metrics
@@ -78,6 +79,7 @@ class GameSource:
         values: a critic's estimates of a rollout, for credit estimators that need them.
         league: who plays whom; None for the team's own assignment.
         imaginer: lets the agents play on in a world model; None where nothing is imagined.
+        worth: values messages; None where they are reinforced with the game's advantage alone.
         publisher: brings the trainer's adapters to the team's engine; None where the team plays with the trainer's own.
 
     Raises:
@@ -98,6 +100,7 @@ class GameSource:
         values: Callable[[Sequence[Episode]], Values] | None = None,
         league: League | None = None,
         imaginer: Imaginer | None = None,
+        worth: MessageCredit | None = None,
         publisher: Publisher | None = None,
     ) -> None:
         if recipe.grpo.credit.needs_values and values is None:
@@ -112,6 +115,7 @@ class GameSource:
         self.values = values
         self.league = league
         self.imaginer = imaginer
+        self.worth = worth
         self.publisher = publisher
         self._ahead: tuple[int, Future[_Play]] | None = None
         self._player = ThreadPoolExecutor(1, "rollout") if publisher is not None and publisher.staleness else None
@@ -181,6 +185,7 @@ class GameSource:
         self.credit_state = dict(credit.state)
         credited = time.perf_counter()
         rows = self._rows(play, credit.advantages)
+        rows, valued_messages = self._value_messages(iteration, rows, play)
         imagined, figures = self._imagine(iteration, episodes)
         policy_tokens = sum(int(row.policy.sum()) for row in (*rows, *imagined))
         rows, predicted = self._pay_predictions(iteration, rows, episodes, policy_tokens)
@@ -220,7 +225,7 @@ class GameSource:
             }.items()
             if value is not None
         }
-        metrics |= engine | predicted | figures | said
+        metrics |= engine | predicted | figures | said | valued_messages
         if self.league is not None:
             metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
@@ -377,6 +382,16 @@ class GameSource:
             )
         meter = meter_of(settings.meter, speech, recipe.channel)
         return MessageLedger(settings, meter, recipe.grpo.iterations, trainable, self.world)
+
+    def _value_messages(
+        self, iteration: int, rows: list[Row], play: _Play
+    ) -> tuple[list[Row], dict[str, float]]:
+        """Rows with what their messages were worth to others, and figures about it."""
+        if self.worth is None:
+            return rows, {}
+        started = time.perf_counter()
+        rows, figures = self.worth.paid(rows, play.episodes, iteration)
+        return rows, {**figures, "message_value_s": time.perf_counter() - started}
 
     def _charge_messages(
         self, iteration: int, rows: list[Row], play: _Play
