@@ -14,6 +14,7 @@ SUBJECT = "token"
 """The arm that the targets are about."""
 UNTOLD = "token-untold"
 """The same without being told whose play it is."""
+SHUFFLED, TABLE = "shuffled", "count-table"
 RIVALS = ("copy-last", "recurrent")
 MODES = {"a": "true joint actions given", "b": "teammates imagined"}
 FIGURES = (
@@ -175,8 +176,10 @@ def _exactness(plan: Plan, readings: Readings) -> list[Finding]:
         met, clear = value.value >= EXACT_TARGET, value.low >= EXACT_TARGET or value.high < EXACT_TARGET
         text = (
             f"Target {'met' if met else 'missed'} on {task.name}: one step ahead the token model has "
-            f"{_said(value)} of the determined fields right (target {EXACT_TARGET:g})."
+            f"{_said(value)} of the determined fields right (target {EXACT_TARGET:g})"
         )
+        table = readings.estimate(TABLE, measure_named("determined_a_1"), task.name)
+        text += f"; a count table has {_said(table)}." if table else "."
         found.append(Finding(text, clear))
     return found
 
@@ -191,13 +194,20 @@ def _consistency(plan: Plan, readings: Readings) -> list[Finding]:
             continue
         blind = readings.estimate(SUBJECT, measure_named("inside_ratio"), task.name)
         met, clear = low <= value.value <= high, low <= value.low and value.high <= high
+        control, control_blind = (
+            readings.estimate(SHUFFLED, measure_named(name), task.name) for name in ("free_ratio", "inside_ratio")
+        )
         agreed = readings.estimate(SUBJECT, measure_named("played_agreement"), task.name)
         text = (
             f"Target {'met' if met else 'missed'} on {task.name}: the policy succeeds in the world {_said(value)} "
             f"times as often as inside the token model (target {low:g} to {high:.2f})"
         )
         text += f", its plans carried out blindly {_said(blind)} times" if blind else ""
-        text += f"; on played plans it agrees with the world in {_said(agreed)} of cases." if agreed else "."
+        text += f"; on played plans it agrees with the world in {_said(agreed)} of cases" if agreed else ""
+        if control is not None:
+            text += f". Its answers shuffled: {_said(control)} times"
+            text += f", and blindly {_said(control_blind)}" if control_blind else ""
+        text += "."
         found.append(Finding(text, clear))
     return found
 
