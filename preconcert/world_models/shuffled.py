@@ -62,6 +62,11 @@ class ShuffledWorldModel:
         self.seed = seed
         self._past: deque[_Asked] = deque(maxlen=_REMEMBERED)
 
+    @property
+    def tokens_generated(self) -> int:
+        """By the inner model; 0 where it does not write."""
+        return int(getattr(self.inner, "tokens_generated", 0))
+
     def begin(self, requests: Sequence[TurnRequest], pasts: Sequence[Sequence[Turn]]) -> list[Any]:
         """The inner model's beliefs, each with a note whose it is."""
         beliefs = self.inner.begin(requests, pasts)

@@ -34,6 +34,14 @@ def test_within_one_episode_moves_are_exchanged() -> None:
     assert exchange([], 0) == []
 
 
+def test_what_the_inner_model_writes_is_counted() -> None:
+    inner = CopyLast(EPISODES, LANGUAGE)
+    model = ShuffledWorldModel(inner, 0)
+    assert model.tokens_generated == 0
+    inner.tokens_generated = 7  # type: ignore[attr-defined]
+    assert model.tokens_generated == 7
+
+
 def test_answers_are_exchanged_and_beliefs_are_kept() -> None:
     inner = CopyLast(EPISODES, LANGUAGE)
     model = ShuffledWorldModel(inner, 0)
