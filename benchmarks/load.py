@@ -1,7 +1,7 @@
 """The service under load: clients that behave and clients that do not, every answer held against a rollout.
 
     .venv/bin/python -m benchmarks.load RUN [--engine transformers] [--sessions 64] [--seconds 120] [--kill] [--json]
-    .venv/bin/python -m benchmarks.load RUN --overhead [--width 512] [--json]
+    .venv/bin/python -m benchmarks.load RUN --overhead [--engine transformers] [--sessions 32] [--width 512] [--json]
 
 The first starts `preconcert serve` and plays on it: `--sessions` clients open sessions, go through whole episodes by
 `observe`, `step` or streams, break connections off in the middle and ask again, or leave without a word; beside them
@@ -9,8 +9,11 @@ others send what is no JSON, wrong keys, bodies and contexts that are too long, 
 clients ask for texts. Every turn is compared with the one that `rollout` writes for the same instance and seed. With
 `--kill` the vLLM process is killed in the middle. The exit code is 1 if any answer was wrong.
 
-The second compares 32 sessions over HTTP with the same 32 episodes on the bare engine, in turns: turns per second.
-`--width` takes a model of random weights of that width in place of the run's own. Only loopback addresses are used.
+The second says what the service costs: sessions over HTTP beside the same turns on the bare engine, where the team
+decides all agents of a step in one call. What both are asked was written beforehand, worlds and records included, and
+both have been asked all of it before. They take turns, and who is first does too. `--engine vllm` gives each side a
+vLLM server of its own, so that a GPU needs room for two (`-- vllm.memory=0.4`). `--width` takes a model of random
+weights of that width in place of the run's own. Only loopback addresses are used.
 """
 
 from __future__ import annotations
@@ -36,12 +39,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from preconcert.agents import GenerativeTeam
-from preconcert.core import Episode, derive_seed
+from preconcert.config import section
+from preconcert.core import Episode, Turn, TurnRequest, derive_seed
 from preconcert.envs import make_env
-from preconcert.models import LanguageModel, StarterSettings, TransformersModel, build_starter
+from preconcert.models import LanguageModel, StarterSettings, TransformersModel, VLLMSettings, build_starter
 from preconcert.prompts import starter_words
+from preconcert.serving.launch import start_vllm_engine
+from preconcert.serving.metrics import Metrics
+from preconcert.serving.settings import ServiceSettings
 from preconcert.training.json_file import write_json
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -369,17 +377,30 @@ def resident_mib(pids: Sequence[int]) -> float:
     return total / 2**20
 
 
-def known_games(model: LanguageModel, recipe: Recipe, count: int, seeds: Sequence[int] = (0, 1)) -> list[Game]:
-    """Episodes as rollouts in this process play them, one rollout per seed of the choices."""
+class Noting(GenerativeTeam):
+    """A team that keeps what it was asked, call by call."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked: list[Sequence[TurnRequest]] = []
+
+    def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
+        """As the team does."""
+        self.asked.append(requests)
+        return super().decide(requests)
+
+
+def played(model: LanguageModel, recipe: Recipe, count: int, seed: int) -> tuple[list[Game], Noting]:
+    """Episodes as a rollout in this process plays them, and the team that did."""
     env = make_env(recipe.task, recipe.params, 0, "heldout")
-    found: list[Game] = []
-    for seed in seeds:
-        team = GenerativeTeam(model, env.language, recipe.agent, assign(recipe, env))
-        here = range(100, 100 + count // len(seeds))
-        specs = [EpisodeSpec(recipe.task, recipe.params, number, "heldout") for number in here]
-        played = rollout(specs, team, recipe.channel, derive_seed(seed, "eval"))
-        found += [Game(seed, episode) for episode in played]
-    return found
+    team = Noting(model, env.language, recipe.agent, assign(recipe, env))
+    specs = [EpisodeSpec(recipe.task, recipe.params, number, "heldout") for number in range(100, 100 + count)]
+    return [Game(seed, each) for each in rollout(specs, team, recipe.channel, derive_seed(seed, "eval"))], team
+
+
+def known_games(model: LanguageModel, recipe: Recipe, count: int, seeds: Sequence[int] = (0, 1)) -> list[Game]:
+    """Episodes by several seeds of the choices, as many of each."""
+    return [game for seed in seeds for game in played(model, recipe, count // len(seeds), seed)[0]]
 
 
 async def load(
@@ -491,21 +512,22 @@ class Line:
         """Connect."""
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
 
-    async def ask(self, path: str, body: bytes) -> bytes:
-        """The body of the answer to a POST."""
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.key}\r\n"
+    async def ask(self, path: str, body: bytes, method: str = "POST") -> bytes:
+        """The body of the answer."""
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.key}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
         said = await self.reader.readuntil(b"\r\n\r\n")
-        length = next(int(line[15:]) for line in said.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        lengths = (int(line[15:]) for line in said.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        length = next(lengths, 0)
         content = await self.reader.readexactly(length)
         if b" 20" not in said[:16]:
             sys.exit(f"{path}: {said[:100]!r} {content[:300]!r}")
         return content
 
 
-async def over_http(port: int, key: str, games: Sequence[Game]) -> float:
-    """Seconds to play these episodes, all at once."""
+async def over_http(port: int, key: str, games: Sequence[Game]) -> tuple[float, list[list[bytes]]]:
+    """Seconds to play these episodes, all at once, and the answers by episode and step."""
     lines = [Line(port, key) for _ in games]
     places: list[str] = []
     for line, game in zip(lines, games, strict=True):
@@ -516,59 +538,107 @@ async def over_http(port: int, key: str, games: Sequence[Game]) -> float:
         for game in games
     ]
 
-    async def play(line: Line, place: str, asked: Sequence[bytes]) -> None:
-        for body in asked:
-            await line.ask(f"/v1/sessions/{place}/observe", body)
+    async def play(line: Line, place: str, asked: Sequence[bytes]) -> list[bytes]:
+        return [await line.ask(f"/v1/sessions/{place}/observe", body) for body in asked]
 
     began = time.perf_counter()
-    await asyncio.gather(*(play(*each) for each in zip(lines, places, bodies, strict=True)))
+    answers = await asyncio.gather(*(play(*each) for each in zip(lines, places, bodies, strict=True)))
     took = time.perf_counter() - began
-    for line in lines:
+    for line, place in zip(lines, places, strict=True):
+        await line.ask(f"/v1/sessions/{place}", b"", "DELETE")
         line.writer.close()
+    return took, answers
+
+
+def on_engine(team: Noting, asked: Sequence[Sequence[TurnRequest]]) -> float:
+    """Seconds to decide the same turns with nothing around the team, from an empty memory."""
+    mine = team.apart()
+    began = time.perf_counter()
+    for requests in asked:
+        GenerativeTeam.decide(mine, requests)
+    took = time.perf_counter() - began
+    for episode in {request.episode for requests in asked for request in requests}:
+        mine.finish(episode)
     return took
 
 
+@contextmanager
+def bare_model(run: Path, recipe: Recipe, asked: argparse.Namespace) -> Iterator[LanguageModel]:
+    """The engine as the service has it, without the service."""
+    if asked.engine == "transformers":
+        yield load_model(recipe, run, run / "adapters")
+        return
+    own = [each.removeprefix("vllm.") for each in asked.options if each.startswith("vllm.")]
+    vllm = section(VLLMSettings, own, "vllm.")
+    writer, model = start_vllm_engine(run, recipe, vllm, ServiceSettings(), Metrics(), lambda text: None)
+    try:
+        yield model.inner
+    finally:
+        model.close()
+        writer.close()
+
+
 def overhead(run: Path, recipe: Recipe, asked: argparse.Namespace) -> dict[str, Any]:
-    """32 sessions over HTTP and on the bare engine, taking turns: turns per second, and processor time per turn, which
-    other work on the machine does not change."""
-    model = load_model(recipe, run, run / "adapters")
-    games = known_games(model, recipe, 32, (0,))
-    turns = sum(len(each.turns) for game in games for each in game.episode.trajectories.values())
+    """Sessions over HTTP and the same turns on the bare engine: turns per second, and processor time per turn of the
+    process itself, which other work on the machine does not change (that of a vLLM server is not in it)."""
     key = secrets.token_urlsafe(12)
     walls: dict[str, list[float]] = {"bare": [], "served": []}
     spent: dict[str, list[float]] = {"bare": [], "served": []}
     headers = {"authorization": f"Bearer {key}"}
-    with service(run, "transformers", key) as (process, url):
+    with bare_model(run, recipe, asked) as model, service(run, asked.engine, key, *asked.options) as (process, url):
+        games, team = played(model, recipe, asked.sessions, 0)
+        turns = sum(len(each.turns) for game in games for each in game.episode.trajectories.values())
         port = int(url.rpartition(":")[2])
         for repetition in range(asked.repetitions + 1):
-            began, used = time.perf_counter(), time.process_time()
-            known_games(model, recipe, 32, (0,))
-            one = time.perf_counter() - began, time.process_time() - used
-            used = processor_s(process.pid)
-            two = asyncio.run(over_http(port, key, games)), processor_s(process.pid) - used
-            if repetition:  # the first warms up
-                for name, (wall, cpu) in (("bare", one), ("served", two)):
-                    walls[name].append(wall)
-                    spent[name].append(cpu)
+            found: dict[str, tuple[float, float]] = {}
+            for name in ("bare", "served") if repetition % 2 else ("served", "bare"):
+                used = _used_s(name, process.pid)
+                if name == "bare":
+                    wall = on_engine(team, team.asked)
+                else:
+                    wall, answers = asyncio.run(over_http(port, key, games))
+                found[name] = wall, _used_s(name, process.pid) - used
+            if not repetition:  # warms up, and shows that both do the same
+                _compare(games, answers)
+                continue
+            for name, (wall, cpu) in found.items():
+                walls[name].append(wall)
+                spent[name].append(cpu)
         figures = httpx.get(f"{url}/metrics", headers=headers, trust_env=False).text
-    wall = [there / here - 1 for there, here in zip(walls["served"], walls["bare"], strict=True)]
-    cpu = [there / here - 1 for there, here in zip(spent["served"], spent["bare"], strict=True)]
+    rows = _metric(figures, "preconcert_model_rows_sum") or 0
+    ratios = [
+        [there / here - 1 for there, here in zip(each["served"], each["bare"], strict=True)] for each in (walls, spent)
+    ]
     return {
-        "parameters": sum(each.numel() for each in model.base.parameters()),
-        "sessions": 32,
+        "engine": asked.engine,
+        **({"parameters": sum(map(torch.numel, model.base.parameters()))} if hasattr(model, "base") else {}),
+        "sessions": asked.sessions,
         "turns": turns,
-        **{f"{name}_turns_per_s": round(turns / statistics.median(each), 1) for name, each in walls.items()},
-        **{f"{name}_cpu_ms_per_turn": round(1000 * statistics.median(each) / turns, 3) for name, each in spent.items()},
-        "rows_per_call": round(
-            (_metric(figures, "preconcert_model_rows_sum") or 0)
-            / (_metric(figures, "preconcert_model_rows_count") or 1),
-            1,
-        ),
-        "overhead_wall": round(statistics.median(wall), 3),
-        "overhead_cpu": round(statistics.median(cpu), 3),
-        "overheads_wall": [round(each, 3) for each in wall],
-        "overheads_cpu": [round(each, 3) for each in cpu],
+        "repetitions": asked.repetitions,
+        **{f"{name}_turns_per_s": _spread([turns / one for one in each], 1) for name, each in walls.items()},
+        **{f"{name}_cpu_ms_per_turn": _spread([1000 * one / turns for one in each], 3) for name, each in spent.items()},
+        "rows_per_call": round(rows / (_metric(figures, "preconcert_model_rows_count") or 1), 1),
+        "overhead_wall": _spread(ratios[0], 3),
+        "overhead_cpu": _spread(ratios[1], 3),
     }
+
+
+def _used_s(side: str, pid: int) -> float:
+    return time.process_time() if side == "bare" else processor_s(pid)
+
+
+def _compare(games: Sequence[Game], answers: Sequence[Sequence[bytes]]) -> None:
+    """Did the service decide what the rollout decided?"""
+    for game, steps in zip(games, answers, strict=True):
+        for step, answer in enumerate(steps):
+            if (wrong := game.differs(step, json.loads(answer)["turns"])) is not None:
+                sys.exit(f"instance {game.episode.seed}: {wrong}")
+
+
+def _spread(values: Sequence[float], digits: int) -> dict[str, float]:
+    """Median, least and most."""
+    found = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
 
 
 def processor_s(pid: int) -> float:
@@ -582,7 +652,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--engine", default="transformers", choices=["transformers", "vllm"])
-    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--sessions", type=int, help="64, and 32 with --overhead, if not given")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--overhead", action="store_true")
@@ -591,6 +661,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("options", nargs="*", help="for `preconcert serve`, after --")
     asked = parser.parse_args()
+    asked.sessions = asked.sessions or (32 if asked.overhead else 64)
     if asked.kill and asked.engine != "vllm":
         parser.error("--kill needs --engine vllm: the embedded engine is the service itself")
     recipe = load_recipe_of(asked.run)
