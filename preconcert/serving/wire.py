@@ -33,6 +33,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=256)] | None
 AGENTS = 64
 """Most agents of a session."""
+MOST_WORDS = 4096
+"""Most actions and choices of a client's language."""
 
 
 class Body(BaseModel):
@@ -59,6 +61,14 @@ class LanguageBody(Body):
     rewards: Annotated[tuple[Word, ...], Field(max_length=64)] = ()
     default_action: Word | None = None
     """Taken for a turn that cannot be read; by default the first legal one."""
+
+    @model_validator(mode="after")
+    def _few_words(self) -> LanguageBody:
+        """A grammar's tables have a cell for each of its tokens in each of its states."""
+        words = len(self.actions) + sum(len(slot.choices) for slot in (*self.message, *self.forecast))
+        if words > MOST_WORDS:
+            raise ValueError(f"{words} actions and choices are more than the limit of {MOST_WORDS} together")
+        return self
 
     def language(self) -> TaskLanguage:
         """As the team reads it."""
