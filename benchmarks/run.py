@@ -454,8 +454,9 @@ def measure(scale: Scale, folder: Path) -> list[dict[str, Any]]:
 
 def peak_memory(scale: Scale, name: str) -> float:
     """Peak resident memory in MiB of a fresh process that does one side once."""
-    command = [sys.executable, __file__, "--side", name, "--scale", json.dumps(asdict(scale))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # As a module: as a script its folder would come first on the path, where `vllm.py` is not vLLM.
+    command = [sys.executable, "-m", "benchmarks.run", "--side", name, "--scale", json.dumps(asdict(scale))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.strip().splitlines()[-1])
 

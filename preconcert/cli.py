@@ -682,7 +682,7 @@ def _need_extra(extra: str, packages: Sequence[str]) -> None:
     if missing:
         raise ConfigError(
             f"this needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install 'preconcert[{extra}]'"
+            f"pip install 'preconcert[{extra}]', or -e '.[{extra}]' in a clone"
         )
 
 

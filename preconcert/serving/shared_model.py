@@ -65,7 +65,7 @@ class _Call:
 
 _LINGER = 0.25
 """Share of a call's usual time for which those are waited for who were there last time."""
-_LONGEST_LINGER_S = 0.05
+_LONGEST_LINGER_S = 0.5
 _PAUSES = 2
 """And no longer than this part of it without anybody coming."""
 _WINDOW = 1.6
