@@ -112,8 +112,11 @@ def test_only_chosen_instances_are_valued(folder: Path) -> None:
     rows, _ = rows_of(team, episodes, lambda _: 0.0)
     credit = credit_of(team, Fancier, instances=1)
     after, metrics = credit.paid(rows, episodes, 0)
-    touched = {row.name.split(":")[0] for row, extra in zip(rows, added(rows, after), strict=True) if extra.any()}
-    assert len(touched) <= 3
+    [chosen] = {episodes[place].group for place in credit._chosen(episodes, 0)}
+    touched = [row.name for row, extra in zip(rows, added(rows, after), strict=True) if extra.any()]
+    assert touched
+    assert all(name.startswith(f"{chosen}:") for name in touched)
+    assert len({episode.group for episode in episodes}) == 4
     everything = credit_of(team, Fancier).paid(rows, episodes, 0)[1]
     assert metrics["message_value/messages"] < everything["message_value/messages"]
     assert len({tuple(credit._chosen(episodes, iteration)) for iteration in range(12)}) > 1
