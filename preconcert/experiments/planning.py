@@ -1,9 +1,9 @@
 """Experiment `planning`: does it pay to imagine before acting, at the same number of generated tokens?
 
 All arms of a task and seed play the same held-out instances with the same warm-started team, which is imperfect on
-purpose, and differ only in how a turn is chosen: sampled; the likeliest of as many turns as cost what planning costs;
-by search in the learned token world model, in a recurrent one, in the environment itself, and in the token model with
-its answers exchanged between episodes. Nothing learns after the warm start.
+purpose, and differ only in how a turn is chosen: sampled; the likeliest, or the commonest, of as many turns as cost
+what planning costs; by search in the learned token world model, in a recurrent one, in the environment itself, and in
+the token model with its answers exchanged between episodes. Nothing learns after the warm start.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from preconcert.experiments.readings import Contrast, Readings, comparisons_tabl
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
 from preconcert.experiments.statistics import Estimate, mean
 
-REACTIVE, SAME = "reactive", "same-tokens"
+REACTIVE, SAME, COMMONEST = "reactive", "same-tokens", "self-consistency"
 BEST, BEAM, TREE = "best-of-k", "beam", "tree"
 RECURRENT, ORACLE, SHUFFLED = "recurrent", "oracle", "shuffled"
 LEARNED = (BEST, BEAM, TREE)
@@ -53,6 +53,7 @@ def arms(search: Mapping[str, Any], beam: Mapping[str, Any], tree: Mapping[str, 
     return (
         arm(REACTIVE, "reactive", "nothing"),
         arm(SAME, "reactive, same tokens", "same-tokens"),
+        arm(COMMONEST, "self-consistency, same tokens", "self-consistency"),
         arm(BEST, "best-of-K, token model", "token"),
         arm(BEAM, "beam, token model", "token", {"type": "beam", **beam}),
         arm(TREE, "tree, token model", "token", {"type": "tree", **tree}),
@@ -67,6 +68,9 @@ CONTRASTS = (
     Contrast(BEST, REACTIVE, "best-of-K – reactive"),
     Contrast(SAME, REACTIVE, "same tokens – reactive"),
     Contrast(SHUFFLED, REACTIVE, "shuffled model – reactive"),
+    *(Contrast(name, COMMONEST, f"{name} – self-consistency") for name in LEARNED),
+    Contrast(SHUFFLED, COMMONEST, "shuffled model – self-consistency"),
+    Contrast(BEST, SHUFFLED, "token model – shuffled model"),
     Contrast(BEST, RECURRENT, "token model – recurrent model"),
     Contrast(ORACLE, BEST, "oracle – token model"),
 )

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from preconcert.agents import GenerativeTeam
-from preconcert.agents.planners import PlannerSettings, PlanningTeam, SameTokensTeam, samples_for
+from preconcert.agents.planners import Choice, PlannerSettings, PlanningTeam, SameTokensTeam, samples_for
 from preconcert.core import Episode, Policy, WorldModel
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players, heldout_specs, play
@@ -39,7 +39,9 @@ class Imagines(StrEnum):
     NOTHING = "nothing"
     """It reacts."""
     SAME_TOKENS = "same-tokens"
-    """It reacts, with as many tokens as the planner of the options writes."""
+    """It reacts, with as many tokens as the planner of the options writes: the likeliest of its turns."""
+    SELF_CONSISTENCY = "self-consistency"
+    """The same with the commonest of its turns."""
     TOKEN = "token"
     RECURRENT = "recurrent"
     ORACLE = "oracle"
@@ -72,8 +74,9 @@ def plan_and_judge(
         reporter.stage("held-out play, greedy", len(specs))
         greedy = play(specs, players.team(greedy=True), recipe.channel, 0, reporter)
         found["success_greedy"] = _success(greedy, players)
-    elif imagines is Imagines.SAME_TOKENS:
-        policy = _same_tokens(players, run, settings, specs[:_CALIBRATION], found)
+    elif imagines in (Imagines.SAME_TOKENS, Imagines.SELF_CONSISTENCY):
+        choice = Choice.LIKELIEST if imagines is Imagines.SAME_TOKENS else Choice.COMMONEST
+        policy = _same_tokens(players, run, settings, choice, specs[:_CALIBRATION], found)
     else:
         team = players.team()
         world = _world(imagines, players, team, run, folder, options, warm_cache, reporter)
@@ -116,6 +119,7 @@ def _same_tokens(
     players: Players,
     run: Path,
     settings: PlannerSettings,
+    choice: Choice,
     specs: Sequence[EpisodeSpec],
     found: dict[str, float | None],
 ) -> SameTokensTeam:
@@ -125,7 +129,7 @@ def _same_tokens(
     own = sum(len(turn.completion_ids) for turn in turns) / len(turns)
     samples = samples_for(planner.tokens_generated / planner.decisions, own)
     found["samples"] = float(samples)
-    return SameTokensTeam(players.team(), samples)
+    return SameTokensTeam(players.team(), samples, choice)
 
 
 def _world(

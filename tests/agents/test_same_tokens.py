@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from preconcert.agents.planners import SameTokensTeam, samples_for
+from preconcert.agents.planners import Choice, SameTokensTeam, samples_for
 from preconcert.core import ConfigError, TurnRequest, derive_seed
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel
@@ -45,6 +46,19 @@ def test_the_likeliest_of_its_turns_is_taken(starter: TransformersModel) -> None
         seeds = [5, *(derive_seed(5, "candidate", draw) for draw in range(1, 6))]
         drawn = team_on(starter).decide([replace(request, seed=seed, episode=f"e{seed}") for seed in seeds])
         assert sum(turn.logprobs) == pytest.approx(max(sum(each.logprobs) for each in drawn))
+
+
+def test_the_commonest_of_its_turns_is_taken(starter: TransformersModel) -> None:
+    """By action and message together; a turn that was drawn, with its own tokens."""
+    asked = requests()
+    turns = SameTokensTeam(team_on(starter), 24, Choice.COMMONEST).decide(asked)
+    for request, turn in zip(asked, turns, strict=True):
+        seeds = [5, *(derive_seed(5, "candidate", draw) for draw in range(1, 24))]
+        drawn = team_on(starter).decide([replace(request, seed=seed, episode=f"e{seed}") for seed in seeds])
+        counts = Counter((each.action, each.message.payload) for each in drawn if each.message is not None)
+        assert turn.message is not None
+        assert counts[turn.action, turn.message.payload] == max(counts.values()) > 1
+        assert turn.completion_ids in [each.completion_ids for each in drawn]
 
 
 def test_one_turn_is_the_teams_own(starter: TransformersModel) -> None:
