@@ -217,6 +217,13 @@ ARMS = (
         options={"subject": "token"},
         tasks=("rendezvous",),
     ),
+    ExperimentArm(
+        "token-wordless",
+        "token model, own words forgotten",
+        {"world_model.own_words": False},
+        options={"subject": "token"},
+        tasks=("rendezvous", "box-push"),
+    ),
     ExperimentArm("recurrent", "recurrent model", options={"subject": "recurrent"}),
     ExperimentArm("copy-last", "copy last", options={"subject": "copy-last"}),
     ExperimentArm("count-table", "count table", options={"subject": "count-table"}),

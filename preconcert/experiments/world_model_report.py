@@ -12,7 +12,8 @@ from preconcert.experiments.statistics import Comparison, Estimate, holm, mean
 
 SUBJECT = "token"
 """The arm that the targets are about."""
-UNTOLD = "token-untold"
+UNTOLD, WORDLESS = "token-untold", "token-wordless"
+"""Token models whose prompts lack something."""
 """The same without being told whose play it is."""
 SHUFFLED, TABLE = "shuffled", "count-table"
 RIVALS = ("copy-last", "recurrent")
@@ -229,19 +230,20 @@ def _gaps(plan: Plan, readings: Readings) -> list[Finding]:
         )
         text += f"; its answers shuffled err by {_said(shuffled)}." if shuffled else "."
         found.append(Finding(text, alone.low > given.high))
-        told = readings.compare(SUBJECT, UNTOLD, measure_named("mate_ce_a_1"), task.name)
-        if told is not None:
-            found.append(_of_being_told(readings, task.name, told))
+        for arm, what in ((UNTOLD, "whose play it is"), (WORDLESS, "what the agent itself said last")):
+            told = readings.compare(SUBJECT, arm, measure_named("mate_ce_a_1"), task.name)
+            if told is not None:
+                found.append(_of_being_told(readings, task.name, arm, what, told))
     return found
 
 
-def _of_being_told(readings: Readings, task: str, costs: Comparison) -> Finding:
-    """What it is worth to know whose play it is."""
+def _of_being_told(readings: Readings, task: str, untold: str, what: str, costs: Comparison) -> Finding:
+    """What it is worth that prompts say something, beside the arm whose prompts do not."""
     text = (
-        f"{task}: told whose play it is, the token model is surer of a teammate's next action by "
+        f"{task}: told {what}, the token model is surer of a teammate's next action by "
         f"{-costs.difference.value:.3f} nats (95%: {-costs.difference.high:.3f} to {-costs.difference.low:.3f})"
     )
-    ratios = [readings.estimate(arm, measure_named("free_ratio"), task) for arm in (SUBJECT, UNTOLD)]
+    ratios = [readings.estimate(arm, measure_named("free_ratio"), task) for arm in (SUBJECT, untold)]
     if ratios[0] is not None and ratios[1] is not None:
         text += (
             f", and the policy succeeds in the world {_said(ratios[0])} times as often as inside it; untold, "

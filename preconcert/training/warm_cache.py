@@ -56,7 +56,12 @@ def world_part(recipe: Recipe) -> dict[str, Any]:
     if section is None:
         return {}
     # Without rows for the base only its words are different.
-    mixed = {"random_episodes": section.random_episodes, "tell_partners": section.tell_partners}
+    mixed = {
+        "random_episodes": section.random_episodes,
+        "tell_partners": section.tell_partners,
+        "own_words": section.own_words,
+        "earlier_views": section.earlier_views,
+    }
     return {"share": section.share, **(mixed if section.share else {})}
 
 

@@ -14,6 +14,7 @@ from enum import StrEnum
 from preconcert.core import Episode, Message, Move, StopReason
 from preconcert.prompts import OWN_TEAM, WorldAnswer, WorldFormat, WorldPart
 from preconcert.world_models import TokenBelief
+from preconcert.world_models.token import last_words
 
 
 class Loss(StrEnum):
@@ -52,13 +53,16 @@ class Step:
     """The last step of its episode, or one whose reward is not the commonest one."""
 
 
-def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list[list[Step]]:
+def world_steps(
+    episode: Episode, memory: int, partners: str = OWN_TEAM, earlier_views: int = 0
+) -> list[list[Step]]:
     """Every agent's steps in order.
 
     Args:
         episode: finished play.
         memory: how many of its own last actions an agent is reminded of.
         partners: who played, one of `PARTNERS`.
+        earlier_views: of how many of its earlier views.
     """
     chains: list[list[Step]] = []
     for agent, mine in episode.trajectories.items():
@@ -66,6 +70,7 @@ def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list
         rewards = [turn.reward for turn in mine.turns]
         commonest = max(sorted(set(rewards)), key=rewards.count) if rewards else 0.0
         actions = [turn.action for turn in mine.turns]
+        texts = [turn.observation.text for turn in mine.turns]
         chain: list[Step] = []
         for index, turn in enumerate(mine.turns):
             last = index + 1 == len(mine.turns)
@@ -73,7 +78,10 @@ def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list
             theirs = {other: episode.trajectories[other].turns[index].action for other in others}
             chain.append(
                 Step(
-                    belief=TokenBelief(agent, others, turn.observation, turn.inbox, recent, partners),
+                    belief=TokenBelief(
+                        agent, others, turn.observation, turn.inbox, recent, partners,
+                        last_words(mine.turns[:index]), tuple(texts[max(0, index - earlier_views) : index]),
+                    ),
                     move=Move(turn.action, turn.message.payload if turn.message is not None else None, theirs),
                     view=(mine.final_observation if last else mine.turns[index + 1].observation).text,
                     reward=turn.reward,
@@ -145,7 +153,8 @@ def world_row(
     theirs = step.move.others or {}
     move = Move(step.move.action, step.move.message, theirs if given else None)
     prompt = spelling.prompt_ids(
-        belief.agent, belief.observation, belief.inbox, others, belief.memory, move, belief.partners
+        belief.agent, belief.observation, belief.inbox, others, belief.memory, move, belief.partners, belief.said,
+        belief.seen,
     )
     valued = spelling.valued and not step.done
     answer = WorldAnswer(

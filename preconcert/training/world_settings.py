@@ -79,6 +79,12 @@ class WorldModelSettings(BaseModel):
     tell_partners: bool = True
     """Prompts say whose play an episode is. Without it the model takes its partners for a mixture of all players that
     it has seen, drawn anew at every step."""
+    own_words: bool = True
+    """Prompts say what the agent itself said last, which is what its teammates have heard. Without it the model forgets
+    after one imagined step whether they know."""
+    earlier_views: int = Field(0, ge=0)
+    """How many of the agent's earlier views prompts show. Makes prompts longer; worth it where what matters goes out of
+    sight."""
     random_episodes: int = Field(1500, ge=0)
     """Episodes of random play."""
     scripted_episodes: int = Field(1500, ge=1)

@@ -88,10 +88,13 @@ def mix_world_rows(
     share = recipe.world_model.share
     random = _play(recipe, "random", recipe.world_model.random_episodes, "train", reporter)
     scale = value_range(scripted, turn_format.language.rewards)
-    spelling = WorldFormat(turn_format, scale, recipe.world_model.tell_partners)
+    spelling = _spelling(recipe.world_model, turn_format, scale)
     steps = {
         name: [
-            step for episode in episodes for chain in world_steps(episode, turn_format.memory, name) for step in chain
+            step
+            for episode in episodes
+            for chain in world_steps(episode, turn_format.memory, name, recipe.world_model.earlier_views)
+            for step in chain
         ]
         for name, episodes in (("scripted", scripted), ("random", random))
     }
@@ -193,6 +196,8 @@ def _teach(
     found = {
         "value_range": list(scale),
         "tell_partners": settings.tell_partners,
+        "own_words": settings.own_words,
+        "earlier_views": settings.earlier_views,
         "log": log,
         "coverage": coverage(sources, heldout),
         "heldout": {
@@ -233,7 +238,14 @@ def load_world_model(
     env = make_env(recipe.task, recipe.params, 0, "train")
     made = json.loads(marker.read_text())
     low, high = made["value_range"]
-    return _model_on(recipe, model, env, (low, high), settings, bool(made.get("tell_partners")))
+    told = world_settings(recipe).model_copy(
+        update={
+            "tell_partners": bool(made.get("tell_partners")),
+            "own_words": bool(made.get("own_words")),
+            "earlier_views": int(made.get("earlier_views", 0)),
+        }
+    )
+    return _model_on(recipe, model, env, (low, high), settings, told)
 
 
 class WorldRefresh:
@@ -281,11 +293,15 @@ def _model_on(
     env: Env,
     scale: tuple[float, float],
     settings: TokenWorldSettings | None = None,
-    tells_partners: bool | None = None,
+    told: WorldModelSettings | None = None,
 ) -> TokenWorldModel:
-    told = world_settings(recipe).tell_partners if tells_partners is None else tells_partners
+    told = told or world_settings(recipe)
     turns = TurnFormat(model.tokenizer, env.language, recipe.agent.spans, recipe.agent.memory)
-    return TokenWorldModel(model, WorldFormat(turns, scale, told), ADAPTER, settings=settings)
+    return TokenWorldModel(model, _spelling(told, turns, scale), ADAPTER, settings=settings)
+
+
+def _spelling(told: WorldModelSettings, turns: TurnFormat, scale: tuple[float, float]) -> WorldFormat:
+    return WorldFormat(turns, scale, told.tell_partners, told.own_words, told.earlier_views)
 
 
 def _warm_model(recipe: Recipe, out: Path, assignment: Mapping[str, str]) -> TransformersModel:

@@ -1,8 +1,8 @@
 """The world model in tokens: a language model writes what a step leads to.
 
-A belief is what one agent has before it: the view, the inbox, its last actions. One `advance` is one `generate` call
-for all imaginations. Parts: `TokenWorldSettings`, `TokenBelief`, `TokenWorldModel`. How rows are spelled is in
-`prompts/world_format.py`, how the adapter learns in `training/world_model.py`.
+A belief is what one agent has before it: the view, the inbox, its last actions and words. One `advance` is one
+`generate` call for all imaginations. Parts: `TokenWorldSettings`, `TokenBelief`, `TokenWorldModel`. How rows are
+spelled is in `prompts/world_format.py`, how the adapter learns in `training/world_model.py`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class TokenBelief:
     """Its last actions, oldest first, as many as the prompt shows."""
     partners: str = OWN_TEAM
     """Whose play the others' is, one of `PARTNERS`."""
+    said: str | None = None
+    """Its own last message, which the others now have; None before the first."""
+    seen: tuple[str, ...] = ()
+    """The texts of its views before this one, oldest first, as many as the prompt shows."""
 
 
 class TokenWorldModel:
@@ -108,6 +112,8 @@ class TokenWorldModel:
                 request.inbox,
                 self._recent([turn.action for turn in past]),
                 request.partners or OWN_TEAM,
+                last_words(past),
+                self.format.last_views([turn.observation.text for turn in past]),
             )
             for request, past in zip(requests, pasts, strict=True)
         ]
@@ -170,7 +176,15 @@ class TokenWorldModel:
 
     def _prompt(self, belief: TokenBelief, move: Move) -> tuple[int, ...]:
         return self.format.prompt_ids(
-            belief.agent, belief.observation, belief.inbox, belief.others, belief.memory, move, belief.partners
+            belief.agent,
+            belief.observation,
+            belief.inbox,
+            belief.others,
+            belief.memory,
+            move,
+            belief.partners,
+            belief.said,
+            belief.seen,
         )
 
     def _adapter(self, belief: TokenBelief) -> str | None:
@@ -203,6 +217,8 @@ class TokenWorldModel:
                 observation=observation,
                 inbox=inbox,
                 memory=self._recent([*belief.memory, move.action]),
+                said=belief.said if move.message is None else move.message,
+                seen=self.format.last_views([*belief.seen, belief.observation.text]),
             ),
         )
 
@@ -282,3 +298,8 @@ class TokenWorldModel:
             }
             for belief in beliefs
         ]
+
+
+def last_words(past: Sequence[Turn]) -> str | None:
+    """What an agent said last in some turns; None if nothing."""
+    return next((turn.message.payload for turn in reversed(past) if turn.message is not None), None)
