@@ -78,8 +78,9 @@ class ImaginationSettings(BaseModel):
     """Add the world model's value of what is still to come at the horizon. Without it, what is not imagined is worth
     nothing."""
     damped: bool = True
-    """Weigh a group by how far its returns lie apart (`damped_advantages`). A model's values hardly ever agree to the
-    last digit, and estimators that divide by the standard deviation make of any difference a large one."""
+    """Weigh a group by how far its returns lie apart, beside those of real games (`damped_advantages`). Values hardly ever
+    agree to the last digit, and estimators that divide by the standard deviation make of any difference a
+    large one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +109,20 @@ class Imagined:
     """`imagination/...`: how many groups, steps and tokens, what they return, how they end."""
 
 
-def damped_advantages(advantages: Mapping[TurnKey, Number], ledger: Ledger) -> dict[TurnKey, Number]:
-    """Advantages times min(1, s / S): s the standard deviation of the returns in the group, S the root of its mean
-    square over the agent's groups.
+def damped_advantages(
+    advantages: Mapping[TurnKey, Number], ledger: Ledger, real: Ledger = ()
+) -> dict[TurnKey, Number]:
+    """Advantages times min(1, s / S): s the standard deviation of the returns in the group; S the root of its mean
+    square over the agent's groups, or the standard deviation of the agent's returns in real games if that is larger.
 
-    Groups in which more than usual is at stake keep their advantages; those whose returns differ by the noise of the
-    model's values lose them. Whether an estimator divides by s does not matter for that.
+    Groups in which as much is at stake as in a real game keep their advantages; those whose returns differ by the noise
+    of the model's values lose them, also where all groups do. Whether an estimator divides by s does not matter for
+    that.
 
     Args:
         advantages: of all turns.
         ledger: the games that they are about.
+        real: the iteration's real games.
     """
     returns: dict[tuple[str, str], list[float]] = {}
     for game in ledger:
@@ -125,10 +130,11 @@ def damped_advantages(advantages: Mapping[TurnKey, Number], ledger: Ledger) -> d
             if strand.learns:
                 returns.setdefault((agent, game.group), []).append(strand.total)
     spreads = {key: float(np.std(values)) for key, values in returns.items()}
-    usual = {
-        agent: float(np.sqrt(np.mean([spread**2 for (who, _), spread in spreads.items() if who == agent])))
-        for agent in {agent for agent, _ in spreads}
-    }
+    usual: dict[str, float] = {}
+    for agent in {agent for agent, _ in spreads}:
+        own = np.sqrt(np.mean([spread**2 for (who, _), spread in spreads.items() if who == agent]))
+        earned = [game.strands[agent].total for game in real if agent in game.strands]
+        usual[agent] = max(float(own), float(np.std(earned)) if earned else 0.0)
 
     def weight(key: TurnKey) -> float:
         spread = spreads.get((key.agent, ledger[key.episode].group))

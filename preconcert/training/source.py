@@ -330,7 +330,8 @@ class GameSource:
         ledger = ledger_of(found.episodes, self.recipe.grpo.rewards, None, self.settings.trainable)
         advantages = self.recipe.grpo.credit.estimate(ledger, self.credit_state).advantages
         if imaginer.settings.damped:
-            advantages = damped_advantages(advantages, ledger)
+            real = ledger_of(episodes, self.recipe.grpo.rewards, None, self.settings.trainable)
+            advantages = damped_advantages(advantages, ledger, real)
         blind = replace(self.settings, hindsight=False)
         rows = build_rows(found.episodes, advantages, self.team, self.table, blind)
         if self.messages is not None:

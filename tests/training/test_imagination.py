@@ -203,6 +203,15 @@ def test_groups_that_hardly_differ_hardly_count() -> None:
     assert damped[1, "a"] == plain[1, "a"] > 0.5
     assert damped[3, "a"] == pytest.approx(0.01 / usual * plain[3, "a"])
     assert damped[5, "b"] == pytest.approx(plain[5, "b"])
+    lived = [game_of("lived", "a", value) for value in (0.0, 6.0)] + [game_of("lived", "b", 0.5)] * 2
+    beside = {
+        (key.episode, key.agent): value
+        for key, value in damped_advantages(credit.advantages, games, lived).items()
+        if key.index
+    }
+    assert beside[1, "a"] == pytest.approx(plain[1, "a"] / 3), "real games differ by 3"
+    assert beside[3, "a"] == pytest.approx(0.01 / 3 * plain[3, "a"])
+    assert beside[5, "b"] == damped[5, "b"], "real games of an agent that do not differ say nothing"
     even = [game_of("same", "a", 0.5), game_of("same", "a", 0.5)]
     assert set(damped_advantages(AgentCredit().estimate(even).advantages, even).values()) == {0.0}
 
