@@ -78,9 +78,9 @@ class ImaginationSettings(BaseModel):
     """Add the world model's value of what is still to come at the horizon. Without it, what is not imagined is worth
     nothing."""
     damped: bool = True
-    """Weigh a group by how far its returns lie apart, beside those of real games (`damped_advantages`). Values hardly ever
-    agree to the last digit, and estimators that divide by the standard deviation make of any difference a
-    large one."""
+    """Weigh a group by how far its returns lie apart, beside those of real games (`damped_advantages`). A model's
+    values hardly ever agree to the last digit, and estimators that divide by the standard deviation make of any
+    difference a large one."""
 
 
 @dataclass(frozen=True, slots=True)
