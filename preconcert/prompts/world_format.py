@@ -2,14 +2,13 @@
 
 A row is an agent's turn prompt, the move, and the answer:
 
-    ... <turn>  [<see> view …] [<from> ME w w] [<by> KIND] <say> w w <act> a  [<intend> NAME a …]
+    ... <turn>  [<from> ME w w] [<by> KIND] <say> w w <act> a  [<intend> NAME a …]
         |  [<intend> NAME a …] <foresee> view r d <say> NAME w w v
 
 Other agents' actions that are given stand on the prompt's side of the line, the rest on the answer's, in the same
-spelling. The views are earlier ones, oldest first: what is out of sight now was somewhere then. The words after ME are
-the agent's own last ones, which the others have now heard. KIND says whose play the others' is: what follows on a view
-among partners who act at random is not what follows on it among the team's own. Parts: `WorldFormat` and
-`WorldWritten`. The grammar of the answer is in `world_grammar.py`.
+spelling. The words after ME are the agent's own last ones, which the others have now heard. KIND says whose play the
+others' is: what follows on a view among partners who act at random is not what follows on it among the team's own.
+Parts: `WorldFormat` and `WorldWritten`. The grammar of the answer is in `world_grammar.py`.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ class WorldFormat:
             the least and the greatest reward of one step, with 0.
         tells_partners: do prompts say whose play the others' is?
         own_words: do prompts say what the agent itself said last?
-        earlier_views: how many of the agent's earlier views do prompts show?
 
     Raises:
         GrammarError: the view lacks a field that agents foretell, or the tokenizer does not tell the value's digits
@@ -72,7 +70,6 @@ class WorldFormat:
         value_range: tuple[float, float] | None = None,
         tells_partners: bool = False,
         own_words: bool = False,
-        earlier_views: int = 0,
     ) -> None:
         self.turns = turns
         self.tells_partners = tells_partners
@@ -81,7 +78,6 @@ class WorldFormat:
         self.compact = turns.compact
         self.talks = turns.spans.say and bool(self.language.message)
         self.own_words = own_words and self.talks
-        self.earlier_views = earlier_views
         self.valued = bool(self.language.rewards)
         if value_range is None:
             sums = [0.0, *(float(word) for word in self.language.rewards)]
@@ -110,10 +106,9 @@ class WorldFormat:
         move: Move,
         partners: str = OWN_TEAM,
         said: str | None = None,
-        seen: Sequence[str] = (),
     ) -> tuple[int, ...]:
-        """The turn's prompt, earlier views, the agent's own last words, the kind of partners, the move, and the other
-        agents' actions as far as they are given.
+        """The turn's prompt, the agent's own last words, the kind of partners, the move, and the other agents' actions
+        as far as they are given.
 
         Args:
             agent: whose view it is.
@@ -124,7 +119,6 @@ class WorldFormat:
             move: what is done now.
             partners: whose play the others' is, one of `PARTNERS`.
             said: its own last message; None before the first.
-            seen: the texts of its views before this one, oldest first.
 
         Raises:
             GrammarError: the tokenizer lacks a word.
@@ -136,18 +130,12 @@ class WorldFormat:
         recent = tuple(memory)[-self.turns.memory :] if self.turns.memory else ()
         prompt = self._prompt(agent, observation.text, observation.legal_actions, heard, tuple(others), recent)
         told: tuple[int, ...] = ()
-        for text in self.last_views(seen):
-            told += self.turns.encode(f"<see>{'' if self.compact else ':'} {text}") + self._line()
         if self.own_words:
-            told += self.turns.encode(f"<from> {agent}" + ("" if self.compact else ":"))
+            told = self.turns.encode(f"<from> {agent}" + ("" if self.compact else ":"))
             told += self._message_ids(said) + self._line()
         if self.tells_partners:
             told += self.turns.encode(BY) + self._word_ids(partners) + self._line()
         return prompt + told + self.move_ids(others, move)
-
-    def last_views(self, texts: Sequence[str]) -> tuple[str, ...]:
-        """As many of an agent's earlier views as prompts show."""
-        return tuple(texts[-self.earlier_views :]) if self.earlier_views else ()
 
     def move_ids(self, others: Sequence[str], move: Move) -> tuple[int, ...]:
         """The move alone, as it is appended to a turn's prompt."""

@@ -60,7 +60,6 @@ def world_part(recipe: Recipe) -> dict[str, Any]:
         "random_episodes": section.random_episodes,
         "tell_partners": section.tell_partners,
         "own_words": section.own_words,
-        "earlier_views": section.earlier_views,
     }
     return {"share": section.share, **(mixed if section.share else {})}
 

@@ -257,8 +257,7 @@ def heldout_report(
         step and (for views) after `horizon` steps of going on from its own views; the share of malformed answers; the
         others' actions: accuracy and nats; nats per view.
     """
-    memory, views = world.format.turns.memory, world.format.earlier_views
-    chains = [chain for episode in episodes for chain in world_steps(episode, memory, partners, views)]
+    chains = [chain for episode in episodes for chain in world_steps(episode, world.format.turns.memory, partners)]
     places = [(chain, index) for chain in chains for index in range(len(chain))]
     # At random: at even distances they would all fall on the same steps of episodes of equal length.
     order = np.random.default_rng(derive_seed(seed, "rows")).permutation(len(places))[:rows]

@@ -53,16 +53,13 @@ class Step:
     """The last step of its episode, or one whose reward is not the commonest one."""
 
 
-def world_steps(
-    episode: Episode, memory: int, partners: str = OWN_TEAM, earlier_views: int = 0
-) -> list[list[Step]]:
+def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list[list[Step]]:
     """Every agent's steps in order.
 
     Args:
         episode: finished play.
         memory: how many of its own last actions an agent is reminded of.
         partners: who played, one of `PARTNERS`.
-        earlier_views: of how many of its earlier views.
     """
     chains: list[list[Step]] = []
     for agent, mine in episode.trajectories.items():
@@ -70,7 +67,6 @@ def world_steps(
         rewards = [turn.reward for turn in mine.turns]
         commonest = max(sorted(set(rewards)), key=rewards.count) if rewards else 0.0
         actions = [turn.action for turn in mine.turns]
-        texts = [turn.observation.text for turn in mine.turns]
         chain: list[Step] = []
         for index, turn in enumerate(mine.turns):
             last = index + 1 == len(mine.turns)
@@ -79,8 +75,7 @@ def world_steps(
             chain.append(
                 Step(
                     belief=TokenBelief(
-                        agent, others, turn.observation, turn.inbox, recent, partners,
-                        last_words(mine.turns[:index]), tuple(texts[max(0, index - earlier_views) : index]),
+                        agent, others, turn.observation, turn.inbox, recent, partners, last_words(mine.turns[:index])
                     ),
                     move=Move(turn.action, turn.message.payload if turn.message is not None else None, theirs),
                     view=(mine.final_observation if last else mine.turns[index + 1].observation).text,
@@ -153,8 +148,7 @@ def world_row(
     theirs = step.move.others or {}
     move = Move(step.move.action, step.move.message, theirs if given else None)
     prompt = spelling.prompt_ids(
-        belief.agent, belief.observation, belief.inbox, others, belief.memory, move, belief.partners, belief.said,
-        belief.seen,
+        belief.agent, belief.observation, belief.inbox, others, belief.memory, move, belief.partners, belief.said
     )
     valued = spelling.valued and not step.done
     answer = WorldAnswer(

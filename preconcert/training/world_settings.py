@@ -82,9 +82,6 @@ class WorldModelSettings(BaseModel):
     own_words: bool = True
     """Prompts say what the agent itself said last, which is what its teammates have heard. Without it the model forgets
     after one imagined step whether they know."""
-    earlier_views: int = Field(0, ge=0)
-    """How many of the agent's earlier views prompts show. Makes prompts longer; worth it where what matters goes out of
-    sight."""
     random_episodes: int = Field(1500, ge=0)
     """Episodes of random play."""
     scripted_episodes: int = Field(1500, ge=1)

@@ -91,10 +91,7 @@ def mix_world_rows(
     spelling = _spelling(recipe.world_model, turn_format, scale)
     steps = {
         name: [
-            step
-            for episode in episodes
-            for chain in world_steps(episode, turn_format.memory, name, recipe.world_model.earlier_views)
-            for step in chain
+            step for episode in episodes for chain in world_steps(episode, turn_format.memory, name) for step in chain
         ]
         for name, episodes in (("scripted", scripted), ("random", random))
     }
@@ -197,7 +194,6 @@ def _teach(
         "value_range": list(scale),
         "tell_partners": settings.tell_partners,
         "own_words": settings.own_words,
-        "earlier_views": settings.earlier_views,
         "log": log,
         "coverage": coverage(sources, heldout),
         "heldout": {
@@ -239,11 +235,7 @@ def load_world_model(
     made = json.loads(marker.read_text())
     low, high = made["value_range"]
     told = world_settings(recipe).model_copy(
-        update={
-            "tell_partners": bool(made.get("tell_partners")),
-            "own_words": bool(made.get("own_words")),
-            "earlier_views": int(made.get("earlier_views", 0)),
-        }
+        update={name: bool(made.get(name)) for name in ("tell_partners", "own_words")}
     )
     return _model_on(recipe, model, env, (low, high), settings, told)
 
@@ -301,7 +293,7 @@ def _model_on(
 
 
 def _spelling(told: WorldModelSettings, turns: TurnFormat, scale: tuple[float, float]) -> WorldFormat:
-    return WorldFormat(turns, scale, told.tell_partners, told.own_words, told.earlier_views)
+    return WorldFormat(turns, scale, told.tell_partners, told.own_words)
 
 
 def _warm_model(recipe: Recipe, out: Path, assignment: Mapping[str, str]) -> TransformersModel:

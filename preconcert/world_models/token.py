@@ -65,8 +65,6 @@ class TokenBelief:
     """Whose play the others' is, one of `PARTNERS`."""
     said: str | None = None
     """Its own last message, which the others now have; None before the first."""
-    seen: tuple[str, ...] = ()
-    """The texts of its views before this one, oldest first, as many as the prompt shows."""
 
 
 class TokenWorldModel:
@@ -113,7 +111,6 @@ class TokenWorldModel:
                 self._recent([turn.action for turn in past]),
                 request.partners or OWN_TEAM,
                 last_words(past),
-                self.format.last_views([turn.observation.text for turn in past]),
             )
             for request, past in zip(requests, pasts, strict=True)
         ]
@@ -184,7 +181,6 @@ class TokenWorldModel:
             move,
             belief.partners,
             belief.said,
-            belief.seen,
         )
 
     def _adapter(self, belief: TokenBelief) -> str | None:
@@ -218,7 +214,6 @@ class TokenWorldModel:
                 inbox=inbox,
                 memory=self._recent([*belief.memory, move.action]),
                 said=belief.said if move.message is None else move.message,
-                seen=self.format.last_views([*belief.seen, belief.observation.text]),
             ),
         )
 

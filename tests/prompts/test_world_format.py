@@ -237,22 +237,6 @@ def test_prompts_say_what_oneself_has_said_only_where_they_are_to(spelling: str)
     assert not WorldFormat(speechless, own_words=True).own_words
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_prompts_show_as_many_earlier_views_as_they_are_to(spelling: str) -> None:
-    quiet = format_of("toy", spelling)
-    showing = WorldFormat(quiet.turns, earlier_views=2)
-    asked = ("a", Observation("a", "the left door is open", TOY.actions, 0), (), OTHERS, (), Move(TOY.actions[0]))
-    views = tuple(f"the left door is {how}" for how in ("x", "y", "z"))
-    plain = quiet.prompt_ids(*asked)
-    assert showing.prompt_ids(*asked) == plain == quiet.prompt_ids(*asked, seen=views)
-    assert showing.prompt_ids(*asked, seen=views) == showing.prompt_ids(*asked, seen=views[1:])
-    moved = showing.move_ids(OTHERS, Move(TOY.actions[0]))
-    ids = showing.prompt_ids(*asked, seen=views)
-    assert (*plain[: -len(moved)], *ids[len(plain) - len(moved) : -len(moved)], *moved) == ids
-    shown = quiet.tokenizer.decode(ids[len(plain) - len(moved) : -len(moved)]).replace(":", "").split("<see>")
-    assert [text.split() for text in shown[1:]] == [view.split() for view in views[1:]]
-
-
 def test_digits_are_words_only_where_they_are_asked_for() -> None:
     plain = starter_words(["a"], TOY, ("a",))
     with_digits = starter_words(["a"], TOY, ("a",), digits=True)

@@ -35,10 +35,10 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         chat_checkpoint(folder, "qwen3")
     model = load(folder, ("world",))
 
-    def world(view: bool = True, earlier_views: int = 0, **settings: object) -> TokenWorldModel:
+    def world(view: bool = True, **settings: object) -> TokenWorldModel:
         language = env.language if view else replace(env.language, view=None)
         turns = TurnFormat(model.tokenizer, language, SpanSettings(), 1)
-        form = WorldFormat(turns, (0.0, 1.0), own_words=True, earlier_views=earlier_views)
+        form = WorldFormat(turns, (0.0, 1.0), own_words=True)
         return TokenWorldModel(model, form, "world", settings=TokenWorldSettings(**settings))  # type: ignore[arg-type]
 
     return world
@@ -122,15 +122,13 @@ def test_partners_are_the_own_team_unless_it_is_said(make: Make, steps: list[Ste
     assert after.belief.partners == "random"
 
 
-@pytest.mark.parametrize("earlier_views", [0, 2])
-def test_own_words_and_earlier_views_are_kept(make: Make, steps: list[Step], earlier_views: int) -> None:
+def test_own_words_stay_until_others_are_said(make: Make, steps: list[Step]) -> None:
     """From the past into the belief, through imagined steps, and in rows as in beliefs."""
-    world = make(earlier_views=earlier_views)
+    world = make()
     spec = EpisodeSpec(TASK, PARAMS_3, 0)
     (episode,) = rollout([spec], ScriptedPolicy("scripted"), ChannelSettings(), 0)
-    for agent, chain in zip(episode.trajectories, world_steps(episode, 1, earlier_views=earlier_views), strict=True):
+    for agent, chain in zip(episode.trajectories, world_steps(episode, 1), strict=True):
         turns = episode.trajectories[agent].turns
-        texts = [turn.observation.text for turn in turns]
         others = tuple(other for other in episode.trajectories if other != agent)
         asked = [
             TurnRequest(
@@ -144,16 +142,11 @@ def test_own_words_and_earlier_views_are_kept(make: Make, steps: list[Step], ear
         for belief, before in zip(begun[1:], turns, strict=False):
             assert before.message is not None
             assert belief.said == before.message.payload
-        assert [belief.seen for belief in begun] == [
-            tuple(texts[max(0, index - earlier_views) : index]) for index in range(len(texts))
-        ]
         silent = [replace(turn, message=None) for turn in turns[1:2]]
         assert world.begin(asked[2:3], [(turns[0], *silent)])[0].said == begun[1].said
     (said,) = world.advance([steps[0].belief], [Move("stay", "b stay")], [1])
     (kept,) = world.advance([said.belief], [Move("stay")], [1])
     assert (said.belief.said, kept.belief.said) == ("b stay", "b stay")
-    shown = (steps[0].belief.observation.text, said.belief.observation.text)
-    assert kept.belief.seen == (shown if earlier_views else ())
 
 
 def test_the_last_message_of_every_sender_stays(make: Make, steps: list[Step]) -> None:
