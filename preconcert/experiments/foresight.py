@@ -6,8 +6,9 @@ rewards. It asks whether teammates' actions are foretold better on held-out inst
 beside it how predictable the agents became.
 
 Second part, arms with the same world model: training on real games only, the same with more passes over them, training
-on imagined games beside the real ones, and the same with the environment itself in the world model's place. All play
-equally many real steps in reinforcement learning; read are those until the success that real games alone end with.
+on imagined games beside the real ones, the same without damping, and the same with the environment itself in the world
+model's place. All play equally many real steps in reinforcement learning; read are those until the success that real
+games alone end with.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from preconcert.experiments.experiment import ExperimentArm
 from preconcert.experiments.readings import Contrast
 
 WARM, PLAIN, PAID, ANNEALED, HINDSIGHT = "warm", "plain", "paid", "annealed", "hindsight"
-REAL, PASSES, IMAGINED, ORACLE = "real", "real-passes", "imagined", "imagined-oracle"
+REAL, PASSES, IMAGINED, UNDAMPED, ORACLE = (
+    "real", "real-passes", "imagined", "imagined-undamped", "imagined-oracle"
+)  # fmt: skip
 _BARE: Mapping[str, Any] = {"grpo.hindsight_weight": 0.0}
 _LOGGED: Mapping[str, Any] = {"action": 0.0, "announcement": 0.0}
 _PAID: Mapping[str, Any] = {"action": 0.3, "announcement": 0.3}
@@ -39,6 +41,9 @@ IMAGINATIONS: tuple[ExperimentArm, ...] = (
     ExperimentArm(REAL, "real games only", _UNUSED, tasks=_WORLDS),
     ExperimentArm(PASSES, "real games only, three times the passes", {**_UNUSED, "grpo.epochs": 6}, tasks=_WORLDS),
     ExperimentArm(IMAGINED, "imagined games beside real ones", {"grpo.imagination": _DREAMS}, tasks=_WORLDS),
+    ExperimentArm(
+        UNDAMPED, "the same, groups not damped", {"grpo.imagination": {**_DREAMS, "damped": False}}, tasks=_WORLDS
+    ),
     ExperimentArm(
         ORACLE,
         "imagined in the environment itself",

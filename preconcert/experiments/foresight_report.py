@@ -16,6 +16,7 @@ from preconcert.experiments.foresight_arms import (
     PLAIN,
     PREDICTIONS,
     REAL,
+    UNDAMPED,
     WARM,
 )
 from preconcert.experiments.judgement import LAST
@@ -183,7 +184,7 @@ def _steps(plan: Plan, readings: Readings) -> tuple[list[ReportTable], list[Find
     findings: list[Finding] = []
     titles = {arm.name: arm.title for arm in plan.arms}
     for task in plan.tasks:
-        for arm in (REAL, PASSES, IMAGINED, ORACLE):
+        for arm in (REAL, PASSES, IMAGINED, UNDAMPED, ORACLE):
             if arm not in titles or not readings.of(arm, task.name):
                 continue
             found, never = _ratio(readings, task.name, arm)
@@ -216,6 +217,7 @@ def _steps(plan: Plan, readings: Readings) -> tuple[list[ReportTable], list[Find
     contrasts = [
         Contrast(IMAGINED, REAL, "imagined beside real – real only"),
         Contrast(IMAGINED, PASSES, "imagined beside real – real only, more passes"),
+        Contrast(IMAGINED, UNDAMPED, "imagined, damped – not damped"),
     ]
     kept, said = _kept(readings, contrasts)
     table = ReportTable(
@@ -284,7 +286,7 @@ def _prediction_figures(plan: Plan, readings: Readings, tasks: Sequence[str]) ->
 
 
 def _imagination_figures(plan: Plan, readings: Readings) -> list[ReportFigure]:
-    shown = [arm for arm in plan.arms if arm.name in (REAL, PASSES, IMAGINED, ORACLE)]
+    shown = [arm for arm in plan.arms if arm.name in (REAL, PASSES, IMAGINED, UNDAMPED, ORACLE)]
     panels = {task.name: _lines(readings, task.name, shown, "success") for task in plan.tasks}
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
