@@ -7,8 +7,8 @@ beside it how predictable the agents became.
 
 Second part, arms with the same world model: training on real games only, the same with more passes over them, training
 on imagined games beside the real ones, the same without damping, and the same with the environment itself in the world
-model's place. All play equally many real steps in reinforcement learning; read are those until the success that real
-games alone end with.
+model's place; real games only and imagined ones with a smaller learning rate too. All play equally many real steps in
+reinforcement learning; read are those until the success that real games alone end with.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ FORESIGHT = Experiment(
         "foretells better or because its teammate is easier to foretell. The tables of predictability are there to "
         "tell the two apart, as far as views alone can.",
         "The world model has seen play before reinforcement learning begins (random, scripted, and of the warm-started "
-        "team). All arms of the second part have that model, and none counts those steps; only two use it.",
-        "Every arm runs with the same learning rate, clipping and number of passes.",
+        "team). All arms of the second part have that model, and none counts those steps; only three use it.",
+        "Every arm runs with the same learning rate, clipping and number of passes, but for those that are named after "
+        "another.",
         "Percentile intervals from five seeds are known to be somewhat too narrow.",
     ),
 )

@@ -9,9 +9,8 @@ from preconcert.experiments.experiment import ExperimentArm
 from preconcert.experiments.readings import Contrast
 
 WARM, PLAIN, PAID, ANNEALED, HINDSIGHT = "warm", "plain", "paid", "annealed", "hindsight"
-REAL, PASSES, IMAGINED, UNDAMPED, ORACLE = (
-    "real", "real-passes", "imagined", "imagined-undamped", "imagined-oracle"
-)  # fmt: skip
+REAL, PASSES, REAL_SLOW = "real", "real-passes", "real-slow"
+IMAGINED, IMAGINED_SLOW, UNDAMPED, ORACLE = "imagined", "imagined-slow", "imagined-undamped", "imagined-oracle"
 _BARE: Mapping[str, Any] = {"grpo.hindsight_weight": 0.0}
 _LOGGED: Mapping[str, Any] = {"action": 0.0, "announcement": 0.0}
 _PAID: Mapping[str, Any] = {"action": 0.3, "announcement": 0.3}
@@ -32,6 +31,9 @@ PREDICTIONS: tuple[ExperimentArm, ...] = (
 """The arms of the first part."""
 _WORLDS = ("rendezvous-world",)
 """The tasks of the second part."""
+_SLOW: Mapping[str, Any] = {"grpo.lr": 0.001}
+"""With few games in an iteration a smaller step is steadier, and a gain over real games that are learned from too fast
+is no gain of imagination."""
 _DREAMS: Mapping[str, Any] = {"ratio": 4.0, "group": 8, "horizon": 4}
 # The base is the same, since it was warm-started with the same rows; the model itself is not used.
 _UNUSED: Mapping[str, Any] = {
@@ -40,7 +42,14 @@ _UNUSED: Mapping[str, Any] = {
 IMAGINATIONS: tuple[ExperimentArm, ...] = (
     ExperimentArm(REAL, "real games only", _UNUSED, tasks=_WORLDS),
     ExperimentArm(PASSES, "real games only, three times the passes", {**_UNUSED, "grpo.epochs": 6}, tasks=_WORLDS),
+    ExperimentArm(REAL_SLOW, "real games only, learning rate 0.001", {**_UNUSED, **_SLOW}, tasks=_WORLDS),
     ExperimentArm(IMAGINED, "imagined games beside real ones", {"grpo.imagination": _DREAMS}, tasks=_WORLDS),
+    ExperimentArm(
+        IMAGINED_SLOW,
+        "imagined games beside real ones, learning rate 0.001",
+        {"grpo.imagination": _DREAMS, **_SLOW},
+        tasks=_WORLDS,
+    ),
     ExperimentArm(
         UNDAMPED, "the same, groups not damped", {"grpo.imagination": {**_DREAMS, "damped": False}}, tasks=_WORLDS
     ),

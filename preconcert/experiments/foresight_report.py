@@ -9,13 +9,15 @@ from preconcert.experiments.experiment import CellResult, ExperimentArm, Plan
 from preconcert.experiments.figures import curves_figure, intervals_figure, running_mean
 from preconcert.experiments.foresight_arms import (
     CONTRASTS,
+    IMAGINATIONS,
     IMAGINED,
-    ORACLE,
+    IMAGINED_SLOW,
     PAID,
     PASSES,
     PLAIN,
     PREDICTIONS,
     REAL,
+    REAL_SLOW,
     UNDAMPED,
     WARM,
 )
@@ -184,7 +186,7 @@ def _steps(plan: Plan, readings: Readings) -> tuple[list[ReportTable], list[Find
     findings: list[Finding] = []
     titles = {arm.name: arm.title for arm in plan.arms}
     for task in plan.tasks:
-        for arm in (REAL, PASSES, IMAGINED, UNDAMPED, ORACLE):
+        for arm in (each.name for each in IMAGINATIONS):
             if arm not in titles or not readings.of(arm, task.name):
                 continue
             found, never = _ratio(readings, task.name, arm)
@@ -217,6 +219,7 @@ def _steps(plan: Plan, readings: Readings) -> tuple[list[ReportTable], list[Find
     contrasts = [
         Contrast(IMAGINED, REAL, "imagined beside real – real only"),
         Contrast(IMAGINED, PASSES, "imagined beside real – real only, more passes"),
+        Contrast(IMAGINED_SLOW, REAL_SLOW, "imagined beside real – real only, both at learning rate 0.001"),
         Contrast(IMAGINED, UNDAMPED, "imagined, damped – not damped"),
     ]
     kept, said = _kept(readings, contrasts)
@@ -286,7 +289,7 @@ def _prediction_figures(plan: Plan, readings: Readings, tasks: Sequence[str]) ->
 
 
 def _imagination_figures(plan: Plan, readings: Readings) -> list[ReportFigure]:
-    shown = [arm for arm in plan.arms if arm.name in (REAL, PASSES, IMAGINED, UNDAMPED, ORACLE)]
+    shown = [arm for arm in IMAGINATIONS if arm.name in {each.name for each in plan.arms}]
     panels = {task.name: _lines(readings, task.name, shown, "success") for task in plan.tasks}
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
