@@ -37,12 +37,15 @@ def curves_figure(
     """
     columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(5.0 * columns, 0.6 + 2.9 * rows), layout="constrained")
+    names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
+    width = 5.0 * columns if columns > 1 else 6.4
+    beside = max(1, min(4, int(width / (0.6 + 0.07 * max(map(len, names), default=1)))))
+    below = -(-len(names) // beside)
+    figure = Figure(figsize=(width, 0.4 + 0.2 * below + 2.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     axes = grid.flatten()
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
     for axis, (title, arms) in zip(axes, panels.items(), strict=False):
         for name, lines in arms.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
@@ -58,7 +61,7 @@ def curves_figure(
             handles.setdefault(label, handle)
     if handles:
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+            list(handles.values()), list(handles), loc="outside lower center", ncols=beside, frameon=False, fontsize=8
         )
     return figure
 

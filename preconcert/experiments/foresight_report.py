@@ -128,7 +128,7 @@ def _kept(readings: Readings, contrasts: Sequence[Contrast]) -> tuple[ReportTabl
             continue
         kept = found.difference.low > -MARGIN
         lost = found.difference.high < -MARGIN
-        says = "not worse" if kept else "worse" if lost else "cannot be told"
+        says = "is not worse" if kept else "is worse" if lost else "could be worse"
         rows.append((contrast.title, found.difference.count, found.difference, says))
         findings.append(
             Finding(
@@ -140,9 +140,10 @@ def _kept(readings: Readings, contrasts: Sequence[Contrast]) -> tuple[ReportTabl
     return ReportTable(
         "kept",
         f"Is success kept, to within {MARGIN:.0%}?",
-        ("first – second", "pairs", "paired difference of success (95%)", "first is"),
+        ("first – second", "pairs", "paired difference of success (95%)", "success"),
         tuple(rows),
-        f"Not worse: the interval lies above −{MARGIN:.2f}. Worse: it lies below.",
+        f"Is not worse: the interval lies above −{MARGIN:.2f}. Is worse: it lies below. Could be worse: it lies on both "
+        "sides.",
     ), findings
 
 
