@@ -142,8 +142,8 @@ def _kept(readings: Readings, contrasts: Sequence[Contrast]) -> tuple[ReportTabl
         f"Is success kept, to within {MARGIN:.0%}?",
         ("first – second", "pairs", "paired difference of success (95%)", "success"),
         tuple(rows),
-        f"Is not worse: the interval lies above −{MARGIN:.2f}. Is worse: it lies below. Could be worse: it lies on both "
-        "sides.",
+        f"Is not worse: the interval lies above −{MARGIN:.2f}. Is worse: it lies below. Could be worse: it lies on "
+        "both sides.",
     ), findings
 
 

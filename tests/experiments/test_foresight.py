@@ -54,13 +54,13 @@ def test_what_rewards_raise_and_what_they_cost_is_said() -> None:
     assert verdicts["prediction rewards – cross-entropy"] == "worse"
     kept = {row[0]: row[-1] for row in tables["kept"].rows}
     assert kept == {
-        "prediction rewards – nothing": "not worse",
-        "annealed rewards – nothing": "worse",
-        "cross-entropy – nothing": "not worse",
+        "prediction rewards – nothing": "is not worse",
+        "annealed rewards – nothing": "is worse",
+        "cross-entropy – nothing": "is not worse",
     }
     said = [finding.text for finding in found.findings]
     assert any("teammate-action accuracy differs by +0.200" in text for text in said)
-    assert any("annealed rewards – nothing: held-out success worse by more than 2%" in text for text in said)
+    assert any("annealed rewards – nothing: held-out success is worse by more than 2%" in text for text in said)
     predictable = tables[f"predictable-{TASK}"]
     assert predictable.columns[-1] == "by the agents themselves"
     assert f"predictable-{STANDARD.tasks[1].name}" not in tables  # nothing was played there
