@@ -74,6 +74,8 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         agents: every agent whose rows may be trained; needed for a sequential update, and to tell apart the gradients
             of agents that share an adapter.
         entropy_end: what `args.entropy_coef` moves to, evenly, until the last iteration; None leaves it.
+        speech_weight: factor of the loss on what was said in vectors.
+        codec_lr: peak learning rate of codecs; None for that of the adapters.
 
     Raises:
         TrainingError: an adapter to be trained does not exist, or the update does not fit the other settings.
@@ -93,8 +95,12 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         update: UpdateSettings | None = None,
         agents: Sequence[str] = (),
         entropy_end: float | None = None,
+        speech_weight: float = 1.0,
+        codec_lr: float | None = None,
     ) -> None:
         self.update = update or UpdateSettings()
+        self.speech_weight = speech_weight
+        self.codec_lr = codec_lr
         self.agents = tuple(agents)
         self.entropy_end = entropy_end
         if self.update.ratio is RatioLevel.TURN and args.beta:
@@ -248,7 +254,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         return loss
 
     def _speech_loss(self, inputs: dict[str, Any], states: torch.Tensor) -> torch.Tensor:
-        """The loss of latent messages; a vector counts as much as a token of the policy."""
+        """The loss of latent messages: a mean over the policy's tokens, each vector being one, times its weight."""
         model = self.accelerator.unwrap_model(self.model)
         clip = (self.args.epsilon, self.args.epsilon_high)
         total, figures = speech_loss(
@@ -258,7 +264,8 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             for name, value in figures.items():
                 self._metrics["train"][name].append(value)
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return total * (self.args.steps_per_generation / self.current_gradient_accumulation_steps) / items
+        parts = self.args.steps_per_generation / self.current_gradient_accumulation_steps
+        return self.speech_weight * total * parts / items
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -323,9 +330,18 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """An optimiser over exactly the trainable adapters."""
+        """An optimiser over exactly the trainable adapters, their codecs in groups of their own."""
         set_trainable(self.model, self.trainable)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.codec_lr is None:
+            return optimizer
+        codecs = {id(parameter) for codec in codecs_of(self.model).values() for parameter in codec.parameters()}
+        for group in list(optimizer.param_groups):
+            apart = [parameter for parameter in group["params"] if id(parameter) in codecs]
+            if apart:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in codecs]
+                optimizer.add_param_group({**group, "params": apart, "lr": self.codec_lr})
+        return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a run describes itself elsewhere."""

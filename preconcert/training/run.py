@@ -256,6 +256,8 @@ def _reinforce(
         "update": recipe.update,
         "agents": tuple(agent for agent, name in assignment.items() if name in trainable),
         "entropy_end": settings.entropy_end,
+        "speech_weight": settings.speech_weight,
+        "codec_lr": settings.codec_lr,
     }
     kind: type[MultiAgentGRPOTrainer] = MultiAgentGRPOTrainer
     if critic is not None:

@@ -195,6 +195,39 @@ def test_by_the_score_the_sender_learns_exactly_where_its_messages_have_an_advan
     assert sizes[1] > 1e-4
 
 
+def test_the_weight_of_speech_scales_what_is_said_and_nothing_else(talking: TransformersModel, tmp_path: Path) -> None:
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), uneven)
+
+    def gradients(weight: float) -> dict[str, torch.Tensor]:
+        trainer = trainer_on(talking, FixedSource(rows), table, tmp_path / str(weight))
+        trainer.speech_weight = weight
+        return gradients_of(trainer, talking)
+
+    none, half, full = (gradients(weight) for weight in (0.0, 0.5, 1.0))
+    mute = [replace(row, said_advantage=0.0) for row in rows]
+    silent = gradients_of(trainer_on(talking, FixedSource(mute), table, tmp_path), talking)
+    assert largest_difference(none, silent) < 1e-7
+    assert largest_difference(none, full) > 1e-4
+    assert largest_difference({key: (none[key] + full[key]) / 2 for key in full}, half) < 1e-6
+
+
+def test_codecs_have_a_learning_rate_of_their_own(talking: TransformersModel, tmp_path: Path) -> None:
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), uneven)
+    trainer = trainer_on(talking, FixedSource(rows), table, tmp_path, AGENTS[:1])
+    trainer.codec_lr = 1e-30
+    before = weights_of(talking)
+    trainer.train()
+    after = weights_of(talking)
+    moved = {key for key, value in after.items() if not torch.allclose(value, before[key], rtol=0, atol=1e-12)}
+    assert moved
+    assert not any("codec" in key for key in moved)
+    assert all(key.startswith("agent_0 ") for key in moved)
+    held = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len({id(parameter) for parameter in held}) == len(held)
+
+
 def test_groups_without_variance_and_frozen_agents_do_not_move(talking: TransformersModel, tmp_path: Path) -> None:
     team = team_on(talking, SETTINGS)
     for advantage, trainable in ((lambda number: 0.0, AGENTS), (uneven, AGENTS[:1])):
