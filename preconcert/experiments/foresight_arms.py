@@ -51,7 +51,7 @@ IMAGINATIONS: tuple[ExperimentArm, ...] = (
         tasks=_WORLDS,
     ),
     ExperimentArm(
-        UNDAMPED, "the same, groups not damped", {"grpo.imagination": {**_DREAMS, "damped": False}}, tasks=_WORLDS
+        UNDAMPED, "imagined games, groups not damped", {"grpo.imagination": {**_DREAMS, "damped": False}}, tasks=_WORLDS
     ),
     ExperimentArm(
         ORACLE,
