@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preconcert.experiments.communication_report import report
+from preconcert.experiments.communication_report import HEAVY, report
 from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale
 
 NONE, RAW, ORACLE, LEARNED = "none", "raw-state", "oracle", "learned"
@@ -65,6 +65,12 @@ def arms(tokens: tuple[int, ...], caps: Mapping[str, float]) -> tuple[Experiment
             "latent-free",
             "latent, k = 2, aligned without training",
             {"agent.codec": latent(2, levels=0, method="aligned")},
+        ),
+        # The control of what `speech_weight` and `codec_lr` are for: everything counts the same, learns as fast.
+        ExperimentArm(
+            HEAVY,
+            "latent, k = 2, quantised, at full weight",
+            {"agent.codec": latent(2), "grpo.speech_weight": 1.0, "grpo.codec_lr": 2.5e-3},
         ),
         ExperimentArm(ORACLE, "oracle", options={"player": "expert"}),
     ]

@@ -18,6 +18,8 @@ from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, 
 from preconcert.experiments.statistics import Estimate, compare, mean
 
 NONE, RAW, ORACLE, LEARNED, FREE = "none", "raw-state", "oracle", "learned", "latent-free"
+HEAVY = "heavy-speech"
+"""A control and no candidate for the best learned arm."""
 _SUCCESS = measure_named("success_on")
 _CONTROLS = ("shuffled", "constant", "random", "off")
 MARGIN, QUARTER, LOSS = 0.03, 0.25, 0.20
@@ -43,7 +45,7 @@ def contrasts(plan: Plan) -> list[Contrast]:
     titles = {arm.name: arm.title for arm in plan.arms}
     pairs = [(arm.name, NONE) for arm in plan.arms if arm.name not in (NONE, ORACLE)]
     pairs += [(name, RAW) for name in learned_arms(plan)]
-    pairs += [("latent-2", FREE)]
+    pairs += [("latent-2", FREE), ("latent-2", HEAVY)]
     return [
         Contrast(first, second, f"{titles[first]} – {titles[second]}")
         for first, second in pairs

@@ -332,8 +332,9 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser over exactly the trainable adapters, their codecs in groups of their own."""
         set_trainable(self.model, self.trainable)
+        made = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if self.codec_lr is None:
+        if made or self.codec_lr is None:
             return optimizer
         codecs = {id(parameter) for codec in codecs_of(self.model).values() for parameter in codec.parameters()}
         for group in list(optimizer.param_groups):
@@ -341,6 +342,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             if apart:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in codecs]
                 optimizer.add_param_group({**group, "params": apart, "lr": self.codec_lr})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

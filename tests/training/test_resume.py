@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from preconcert.agents import AgentSettings
 from preconcert.core import ConfigError, dump_episode, load_episodes
+from preconcert.training.latent_start import LatentStartSettings
+from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Silent
 from preconcert.training.run import train
 from tests.training.resumable_run import ITERATIONS, recipe
+from tests.training.teams import recipe_of
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("_s", "_time", "_runtime", "_per_second")
@@ -102,3 +108,55 @@ def test_a_folder_with_another_run_is_refused(whole: Path) -> None:
     with pytest.raises(ConfigError, match="seed=7"):
         train(recipe().model_copy(update={"seed": 8}), whole, resume=True)
     assert train(recipe(), whole, resume=True) == whole
+
+
+class CutOff(Silent):
+    """Stops the run once two iterations are done."""
+
+    now = ""
+
+    def stage(self, name: str, total: int) -> None:
+        """Remembered."""
+        self.now = name
+
+    def advance(self, done: int, note: str = "") -> None:
+        """The moment, if it is this one."""
+        if self.now == "reinforcement learning" and done == 2:
+            raise KeyboardInterrupt
+
+
+def talking_in_vectors(**grpo: Any) -> Recipe:
+    plain = recipe_of(iterations=3, minibatches=2, epochs=2, checkpoint_every=1, lr=0.02, **grpo)
+    agent = AgentSettings(codec={"type": "latent", "tokens": 1, "dims": 2, "levels": 4})
+    return plain.model_copy(update={"agent": agent, "latent_start": LatentStartSettings(steps=2, batch=4)})
+
+
+def test_codecs_and_their_learning_rate_survive_a_crash(tmp_path: Path) -> None:
+    recipe = talking_in_vectors(codec_lr=0.003)
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", reporter=CutOff())
+    out = train(recipe, tmp_path / "run", resume=True)
+    assert log_of(out) == log_of(whole)
+    moved = 0
+    for name in ("agent_0", "agent_1"):
+        for file in ("adapter_model.safetensors", "latent_codec.safetensors"):
+            found, wanted, warm = (load_file(each / name / file) for each in (
+                out / "adapters", whole / "adapters", whole / "warm"))
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted), (name, file)
+            moved += any(not torch.equal(wanted[key], warm[key]) for key in wanted)
+    assert moved == 4
+    held = next((out / "checkpoints").glob("*/optimizer.pt"))
+    groups = torch.load(held, weights_only=True)["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.02, 0.003}
+    assert all(group["params"] for group in groups)
+
+
+def test_the_weight_of_speech_is_the_recipes(tmp_path: Path) -> None:
+    codecs = [
+        load_file(train(talking_in_vectors(speech_weight=weight), tmp_path / str(weight)) / "adapters" / "agent_0"
+                  / "latent_codec.safetensors")["queries"]
+        for weight in (0.0, 1.0)
+    ]
+    assert not torch.equal(*codecs)
