@@ -515,6 +515,9 @@ def experiment(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Training seeds; by default the scale's.", show_default=False)
     ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Only this task; may be given again.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Its folder; runs/experiments/NAME-SCALE.", show_default=False)
     ] = None,
@@ -538,7 +541,9 @@ def experiment(
         side_by_side = jobs or int(machine()["cores"] or 1)
         try:
             with ScheduleProgress(_console(err=True)) as reporter:
-                result = carry_out_experiment(chosen, Scale(scale), folder, seeds, side_by_side, reporter)
+                result = carry_out_experiment(
+                    chosen, Scale(scale), folder, seeds, side_by_side, reporter, task or ()
+                )
         except KeyboardInterrupt:
             print("interrupted; the same command goes on", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None

@@ -1,8 +1,8 @@
 """What an experiment is: a question, arms, tasks and seeds, the work of one cell, and how the cells are read.
 
 Parts: `ExperimentArm` and `ExperimentTask` (pieces of a recipe), `Plan` (what a scale means), `Experiment`, `Cell` (an
-arm on a task with a seed, resolved to one recipe) and `cells_of`. Cells are carried out in `cell.py` and `schedule.py`;
-`report.py` says what a report is made of.
+arm on a task with a seed, resolved to one recipe), `plan_of` and `cells_of`. Cells are carried out in `cell.py` and
+`schedule.py`; `report.py` says what a report is made of.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from pydantic import ValidationError
 
-from preconcert.core import ConfigError
+from preconcert.core import ConfigError, UnknownNameError
 from preconcert.experiments.report import Report
 from preconcert.training.recipe import Recipe
 
@@ -94,7 +94,12 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder: readable, and unique by the digest."""
-        return re.sub(r"[^\w.-]+", "_", f"{self.task}-{self.arm}-s{self.seed}") + f"-{self.digest}"
+        return folder_name(self.task, self.arm, self.seed, self.digest)
+
+
+def folder_name(task: str, arm: str, seed: int, digest: str) -> str:
+    """Of a cell."""
+    return re.sub(r"[^\w.-]+", "_", f"{task}-{arm}-s{seed}") + f"-{digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +148,35 @@ class Experiment:
     """What the result does not show, one sentence each."""
 
 
-def cells_of(experiment: Experiment, scale: Scale, seeds: int | None = None) -> list[Cell]:
+def plan_of(experiment: Experiment, scale: Scale, tasks: Sequence[str] = ()) -> Plan:
+    """What is done at a scale, on some of its tasks or, where none is named, on all.
+
+    Raises:
+        UnknownNameError: there is no such task in it.
+    """
+    plan = experiment.plans[scale]
+    names = [task.name for task in plan.tasks]
+    for name in tasks:
+        if name not in names:
+            raise UnknownNameError(f"task of {experiment.name} at scale {scale.value}", name, names)
+    if not tasks:
+        return plan
+    return replace(
+        plan,
+        arms=tuple(arm for arm in plan.arms if not arm.tasks or set(arm.tasks) & set(tasks)),
+        tasks=tuple(task for task in plan.tasks if task.name in tasks),
+    )
+
+
+def cells_of(
+    experiment: Experiment, scale: Scale, seeds: int | None = None, tasks: Sequence[str] = ()
+) -> list[Cell]:
     """All cells; the first seed's come first, so that an experiment that is stopped has compared all arms on it.
 
     Raises:
         ConfigError: an arm does not fit its task's recipe.
     """
-    plan = experiment.plans[scale]
+    plan = plan_of(experiment, scale, tasks)
     return [
         Cell(arm.name, task.name, seed, experiment.work, resolve(arm, task, seed), {**plan.options, **arm.options})
         for seed in range(seeds or plan.seeds)

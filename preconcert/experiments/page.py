@@ -1,10 +1,11 @@
 """From cells to what people read: `result.json`, `figures/*.png` and one self-contained `index.html`.
 
-Parts: `carry_out_experiment` (the whole way), `Result` and `write_result`.
+Parts: `carry_out_experiment` (the whole way), `unpack_cells` (the way back), `Result` and `write_result`.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from preconcert.core import ConfigError
-from preconcert.experiments.experiment import CellResult, Experiment, Plan, Scale, cells_of
+from preconcert.experiments.cell import FOUND
+from preconcert.experiments.experiment import CellResult, Experiment, Plan, Scale, cells_of, folder_name, plan_of
 from preconcert.experiments.figures import inlined, png
 from preconcert.experiments.provenance import commit, machine, versions
 from preconcert.experiments.replay import write_page
 from preconcert.experiments.report import Report
-from preconcert.experiments.schedule import ScheduleReporter, run_cells
+from preconcert.experiments.schedule import CELLS, ScheduleReporter, run_cells
 from preconcert.training.json_file import write_json
 
 RESULT, PAGE, FIGURES = "result.json", "index.html", "figures"
@@ -94,9 +96,18 @@ class Result:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Everything: the summary, each arm's resolved recipe on each task, and every cell's figures."""
+        """Everything: the summary, each arm's resolved recipe on each task, and every cell's figures.
+
+        What is no figure is kept of each arm's first seed on a task, which is the one that reports show.
+        """
         recipes: dict[str, Any] = {}
+        cells: list[dict[str, Any]] = []
+        noted: set[tuple[str, str]] = set()
         for each in self.cells:
+            cells.append(each.to_json())
+            if each.notes and (each.cell.arm, each.cell.task) not in noted:
+                noted.add((each.cell.arm, each.cell.task))
+                cells[-1]["notes"] = dict(each.notes)
             recipe = each.cell.recipe.model_dump(mode="json")
             del recipe["seed"]  # stands with the cell
             recipes.setdefault(each.cell.task, {}).setdefault(each.cell.arm, recipe)
@@ -104,7 +115,7 @@ class Result:
             **self.summary(),
             "options": dict(self.plan.options),
             "recipes": recipes,
-            "cells": [each.to_json() for each in self.cells],
+            "cells": cells,
         }
 
 
@@ -115,8 +126,11 @@ def carry_out_experiment(
     seeds: int | None = None,
     jobs: int = 1,
     reporter: ScheduleReporter | None = None,
+    tasks: Sequence[str] = (),
 ) -> Result:
     """Do what is not yet done of an experiment and write what it says.
+
+    A `result.json` in the folder counts as its cells do: what it says of equal cells is not done again.
 
     Args:
         experiment: what.
@@ -125,16 +139,19 @@ def carry_out_experiment(
         seeds: instead of the plan's.
         jobs: processes at a time.
         reporter: receives progress.
+        tasks: by name, some of the plan's; none means all.
 
     Raises:
-        ConfigError: an arm does not fit, or the folder is something else.
+        ConfigError: an arm does not fit, there is no such task, or the folder is something else.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
+    if out.is_dir() and any(out.iterdir()) and not (out / CELLS).is_dir() and not (out / RESULT).is_file():
         raise ConfigError(f"{str(out)!r} is not empty and holds no experiment")
-    plan = experiment.plans[scale]
-    cells = cells_of(experiment, scale, seeds)
+    plan = plan_of(experiment, scale, tasks)
+    cells = cells_of(experiment, scale, seeds, tasks)
+    unpack_cells(experiment.name, out)
     found = run_cells(cells, out, jobs, reporter)
     words = ["preconcert", "experiment", experiment.name, "--scale", scale.value]
+    words += [word for task in tasks for word in ("--task", task)]
     words += ["--seeds", str(seeds)] if seeds else []
     result = Result(
         experiment=experiment,
@@ -153,6 +170,41 @@ def carry_out_experiment(
     )
     write_result(result, out)
     return result
+
+
+def unpack_cells(name: str, out: Path) -> None:
+    """Give every cell that OUT/result.json has figures of its folder again, where there is none.
+
+    What a published result says of a cell need not be computed when the experiment goes on with more seeds, tasks or
+    arms.
+
+    Args:
+        name: of the experiment.
+        out: its folder.
+
+    Raises:
+        ConfigError: the file is no result of this experiment.
+    """
+    path = out / RESULT
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text())
+        of = content["experiment"]
+        cells = [each for each in content["cells"] if each["error"] is None]
+        named = {each["digest"]: folder_name(each["task"], each["arm"], each["seed"], each["digest"]) for each in cells}
+        kept = ("measures", "curves", "made")
+        found = {each["digest"]: {**{key: each[key] for key in kept}, "notes": each.get("notes", {})} for each in cells}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{str(path)!r} is no result of an experiment: {type(error).__name__}: {error}") from error
+    if of != name:
+        raise ConfigError(f"{str(path)!r} is of the experiment {of!r}, not {name!r}")
+    held = {file.parent.name.rpartition("-")[2] for file in (out / CELLS).glob(f"*/{FOUND}")}
+    for digest in found.keys() - held:
+        begun = sorted((out / CELLS).glob(f"*-{digest}"))
+        folder = begun[0] if begun else out / CELLS / named[digest]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FOUND, found[digest])
 
 
 def write_result(result: Result, out: Path) -> None:

@@ -30,7 +30,8 @@ def work(
             os.kill(os.getpid(), signal.SIGKILL)
         case 5:
             time.sleep(60)
-    return CellFound({"seed": float(recipe.seed), "gone": float("nan")}, {"x": [1.0, float("inf")]})
+    measures = {"seed": float(recipe.seed), "gone": float("nan")}
+    return CellFound(measures, {"x": [1.0, float("inf")]}, {"words": ["a", "b"]})
 
 
 def report(plan: Any, cells: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,40 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no experiment"):
         carry_out_experiment(experiment(1), Scale.SMOKE, tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_published_result_is_gone_on_with(tmp_path: Path) -> None:
+    chosen = experiment(1, 3)
+    first = carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "result.json", tmp_path / "b")
+    more = carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "b", seeds=2)
+    done = {each.parent.name.rpartition("-")[0]: each.read_text() for each in tmp_path.glob("b/cells/*/calls.txt")}
+    assert done == {"meet-e3-s0": "called\n", "meet-e1-s1": "called\n", "meet-e3-s1": "called\n"}
+    (old,) = [each for each in first.cells if each.error is None]
+    (new,) = [each for each in more.cells if each.error is None and each.cell.seed == 0]
+    assert new == old
+    assert new.notes == {"words": ["a", "b"]}
+    held = json.loads((tmp_path / "b" / "result.json").read_text())["cells"]
+    assert [each.get("notes") for each in held if each["arm"] == "e1"] == [{"words": ["a", "b"]}, None]
+    other = replace(chosen, name="slow")
+    with pytest.raises(ConfigError, match="'quick', not 'slow'"):
+        carry_out_experiment(other, Scale.SMOKE, tmp_path / "a")
+    (tmp_path / "b" / "result.json").write_text("[]")
+    with pytest.raises(ConfigError, match="no result of an experiment"):
+        carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "b")
+
+
+def test_some_tasks_alone(tmp_path: Path) -> None:
+    arms = (ExperimentArm("both", "both", {"grpo.epochs": 1}), ExperimentArm("one", "one", tasks=("meet",)))
+    other = replace(TASK, name="meet again")
+    chosen = Experiment("quick", "?", {Scale.SMOKE: Plan(arms, (TASK, other), 1)}, WORK, report)
+    result = carry_out_experiment(chosen, Scale.SMOKE, tmp_path, tasks=["meet again"])
+    assert [(each.cell.arm, each.cell.task) for each in result.cells] == [("both", "meet again")]
+    assert [arm.name for arm in result.plan.arms] == ["both"]
+    assert result.command == "preconcert experiment quick --scale smoke --task 'meet again'"
+    with pytest.raises(UnknownNameError, match="task of quick at scale smoke 'met'; did you mean 'meet'"):
+        carry_out_experiment(chosen, Scale.SMOKE, tmp_path, tasks=["met"])
 
 
 def test_overrides_reach_into_the_recipe() -> None:
