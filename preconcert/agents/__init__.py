@@ -1,7 +1,7 @@
 """Agents: the generative team and the channel its members talk through."""
 
 from preconcert.agents.behaviour import Behaviour, behaviour
-from preconcert.agents.channel import Channel, ChannelMode, ChannelSettings
+from preconcert.agents.channel import Channel, ChannelHarm, ChannelMode, ChannelSettings
 from preconcert.agents.codecs import CodecSettings, SlotsSettings, TurnCodec, codec_of
 from preconcert.agents.team import AgentSettings, Context, GenerativeTeam, turn_format_of
 
@@ -9,6 +9,7 @@ __all__ = [
     "AgentSettings",
     "Behaviour",
     "Channel",
+    "ChannelHarm",
     "ChannelMode",
     "ChannelSettings",
     "CodecSettings",

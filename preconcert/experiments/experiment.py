@@ -88,7 +88,10 @@ class Cell:
     @property
     def digest(self) -> str:
         """The hash of everything that it is made from. The names are not: equal work is done once."""
-        content = {"work": self.work, "recipe": self.recipe.model_dump(mode="json"), "options": dict(self.options)}
+        recipe = self.recipe.model_dump(mode="json")
+        if not recipe["channels"]:
+            del recipe["channels"]  # as it was before there were any: published cells keep their hashes
+        content = {"work": self.work, "recipe": recipe, "options": dict(self.options)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from preconcert.agents import Channel, ChannelSettings
-from preconcert.core import Episode, StopReason, derive_seed
+from preconcert.core import Episode, StopReason
 from preconcert.envs import make_env
 from preconcert.training.credit import Follow, RewardSettings, Score, ledger_of
 from preconcert.training.rollout import (
@@ -27,6 +27,7 @@ from preconcert.training.rollout import (
     Running,
     begin,
     carry_out,
+    channel_of,
     delivered,
     fork,
     joint_turns,
@@ -92,7 +93,7 @@ def branch(
         ConfigError: a policy cannot fork.
     """
     lines = {name: _Line(state, name) for name, state in begin(specs, channel).items()}
-    talk = Channel(channel, derive_seed(seed, "rollout"))
+    talk = channel_of(specs, channel, seed)
     records: dict[str, list[Episode]] = {name: [] for name in lines}
     finished: dict[str, Episode] = {}
     step = 0

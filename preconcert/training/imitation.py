@@ -14,10 +14,11 @@ show it messages in its own form, in turns as well as in inboxes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from preconcert.agents import ChannelSettings, TurnCodec
+from preconcert.agents import ChannelHarm, ChannelSettings, TurnCodec
+from preconcert.agents.channel import drawn
 from preconcert.core import (
     Episode,
     Forecast,
@@ -67,7 +68,7 @@ def respoken(episode: Episode, codec: TurnCodec, spans: SpanSettings) -> Episode
     """A scripted episode with every message put into a codec's words, where it was said and where it was read.
 
     Args:
-        episode: a finished one, in which messages arrived as they were sent.
+        episode: a finished one, in which messages arrived as they were sent, or late, or not.
         codec: of the team that is to imitate it.
         spans: which parts the team's turns have.
     """
@@ -110,7 +111,13 @@ def _foreknowing(turn: Turn, content: TurnContent, language: TaskLanguage) -> Tu
     return replace(turn, forecast=forecast, intentions=intentions)
 
 
-def scripted_episodes(recipe: Recipe, codec: TurnCodec, count: int, reporter: Reporter) -> list[Episode]:
+def scripted_episodes(
+    recipe: Recipe,
+    codec: TurnCodec,
+    count: int,
+    reporter: Reporter,
+    harms: Mapping[str, ChannelHarm] | None = None,
+) -> list[Episode]:
     """Training episodes of the recipe's scripted player, as a team with this codec is to imitate them.
 
     Args:
@@ -118,17 +125,26 @@ def scripted_episodes(recipe: Recipe, codec: TurnCodec, count: int, reporter: Re
         codec: of the team.
         count: how many.
         reporter: receives progress.
+        harms: of the channel, of which each episode draws one; only messages lost and late are shown.
     """
     reporter.stage("scripted play", count)
+    drawn_harms = drawn(harms or {}, count, derive_seed(recipe.seed, "imitate", "channels"))
+    channel = ChannelSettings()
     episodes: list[Episode] = []
     policy = ShortSpoken(recipe.warm_start.player, codec)
     while len(episodes) < count:
         numbers = range(len(episodes), min(count, len(episodes) + 500))
         specs = [
-            EpisodeSpec(recipe.task, recipe.params, derive_seed(recipe.seed, "imitate", number) % 2**31, sample=number)
+            EpisodeSpec(
+                recipe.task,
+                recipe.params,
+                derive_seed(recipe.seed, "imitate", number) % 2**31,
+                sample=number,
+                channel=harms[drawn_harms[number]].of_scripts(channel) if harms else None,
+            )
             for number in numbers
         ]
-        episodes += rollout(specs, policy, ChannelSettings(), derive_seed(recipe.seed, "imitate"))
+        episodes += rollout(specs, policy, channel, derive_seed(recipe.seed, "imitate"))
         reporter.advance(len(episodes))
     if codec.speech.slots or not codec.talks:
         return episodes

@@ -142,15 +142,16 @@ class PriorMeter:
         )
 
 
-def meter_of(name: MeterName, speech: Speech, channel: ChannelSettings) -> Meter:
+def meter_of(name: MeterName, speech: Speech, channel: ChannelSettings, harmed: bool = False) -> Meter:
     """The meter of a run.
 
     Args:
         name: which.
         speech: the form of messages.
         channel: what can happen to them.
+        harmed: more than that can.
     """
     if name is MeterName.RAW:
         return RawMeter()
     plain = ChannelSettings(rounds=channel.rounds, mode=ChannelMode.ON)
-    return PriorMeter(speech, follows=channel == plain)
+    return PriorMeter(speech, follows=channel == plain and not harmed)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from preconcert.agents import AgentSettings, ChannelMode, ChannelSettings, Context
+from preconcert.agents import AgentSettings, ChannelHarm, ChannelMode, ChannelSettings, Context
 from preconcert.core import SpanKind
 from preconcert.envs import TALK_ROUNDS, with_rounds
 from preconcert.models import LatentMethod, LoraSettings, StarterSettings
@@ -197,6 +197,10 @@ class Recipe(BaseModel):
     """How agents read and write."""
     channel: ChannelSettings = ChannelSettings()
     """How messages travel."""
+    channels: dict[str, ChannelHarm] = Field(default_factory=dict)
+    """By name, what is wrong with the channel in training: each task instance draws one of them by weight, for all of
+    its episodes; empty: nothing. The warm start shows messages lost and late, reinforcement learning everything. A run
+    is judged, served and shown on `channel` alone."""
     warm_start: WarmStartSettings = WarmStartSettings()
     """Supervised fine-tuning before reinforcement learning."""
     latent_start: LatentStartSettings = LatentStartSettings()

@@ -51,6 +51,9 @@ class EpisodeSpec:
     cast: Mapping[str, str] = field(default_factory=dict)
     """Who plays an agent instead of what the policy has for it: an adapter, or `script:NAME` for one of the task's own
     players."""
+    channel: ChannelSettings | None = None
+    """How messages travel in this episode; None: as in the rollout. It is one for all of a group, whose members are
+    compared with one another."""
 
     @property
     def group(self) -> str:
@@ -200,7 +203,7 @@ def rollout(
         EnvError: an environment broke its protocol.
     """
     live = begin(specs, channel)
-    talk = Channel(channel, derive_seed(seed, "rollout"))
+    talk = channel_of(specs, channel, seed)
     finished = play_out(live, policies, talk, seed, on_step=on_step)
     return [finished[spec.name] for spec in specs]
 
@@ -219,6 +222,12 @@ def begin(specs: Sequence[EpisodeSpec], channel: ChannelSettings) -> dict[str, R
     if len(live) != len(specs):
         raise ConfigError(f"{len(specs)} episodes were asked for, {len(live)} of them different")
     return live
+
+
+def channel_of(specs: Sequence[EpisodeSpec], channel: ChannelSettings, seed: int) -> Channel:
+    """The channel of a rollout, with episodes' own settings where they have them."""
+    others = {spec.name: spec.channel for spec in specs if spec.channel is not None}
+    return Channel(channel, derive_seed(seed, "rollout"), others)
 
 
 def play_out(
@@ -329,7 +338,7 @@ def carry_out(
             last[name] = said
         else:
             sent[name] = said
-    scenes = {name: _scene(state, policies) for name, state in live.items()} if talk.settings.looks else None
+    scenes = {name: _scene(state, policies) for name, state in live.items()} if talk.looks else None
     talk.transmit(sent, groups, step, scenes)
     talk.too_late(last, step, scenes)
     return {name: replace(e, deliveries=delivered(e.trajectories, talk, name)) for name, e in ended.items()}

@@ -13,6 +13,7 @@ import numpy as np
 import torch.distributed
 
 from preconcert.agents import GenerativeTeam
+from preconcert.agents.channel import drawn
 from preconcert.agents.codecs import bits_of
 from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
 from preconcert.training.branching import branch
@@ -151,6 +152,7 @@ class GameSource:
         recipe = self.recipe
         credit = recipe.grpo.credit
         casts = self.league.cast if self.league is not None else _no_cast
+        harms = self.harms(iteration)
         return [
             EpisodeSpec(
                 recipe.task,
@@ -160,11 +162,17 @@ class GameSource:
                 sample,
                 iteration,
                 casts(iteration, number),
+                recipe.channels[harms[number]].of(recipe.channel) if harms else None,
             )
             for number in range(recipe.grpo.seeds)
             if number % self.world == self.rank
             for sample in range(credit.lines if isinstance(credit, AgentTurnCredit) else recipe.grpo.group)
         ]
+
+    def harms(self, iteration: int) -> tuple[str, ...]:
+        """What is wrong with the channel in each task instance of an iteration, by name; none where nothing ever is."""
+        recipe = self.recipe
+        return drawn(recipe.channels, recipe.grpo.seeds, derive_seed(recipe.seed, "channels", iteration))
 
     def collect(self, iteration: int) -> Rollout:
         """Play and build one iteration."""
@@ -225,12 +233,23 @@ class GameSource:
             }.items()
             if value is not None
         }
-        metrics |= engine | predicted | figures | said | valued_messages
+        metrics |= engine | predicted | figures | said | valued_messages | self._by_harm(iteration, play.whole)
         if self.league is not None:
             metrics |= self.league.record(play.whole)
         if self.on_rollout is not None:
             self.on_rollout(iteration, list(play.whole), metrics)
         return Rollout(rows, metrics, policy_tokens, episodes, credit.returns, restarted)
+
+    def _by_harm(self, iteration: int, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Success on each kind of channel."""
+        harms = self.harms(iteration)
+        of = {self._seed(iteration, number): name for number, name in enumerate(harms)}
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(harms):
+            success = _success([episode for episode in episodes if of[episode.seed] == name])
+            if success is not None:
+                found[f"channel/{name}/success"] = success
+        return found
 
     def _seed(self, iteration: int, number: int) -> int:
         """Of one task instance."""
@@ -381,7 +400,7 @@ class GameSource:
                 f"grpo.message_price.cap_bits={settings.cap_bits:g} cannot be met: without a model of what is likely, "
                 f"even saying nothing costs {shortest:.2f} bits; raise it, or set grpo.message_price.meter=prior"
             )
-        meter = meter_of(settings.meter, speech, recipe.channel)
+        meter = meter_of(settings.meter, speech, recipe.channel, bool(recipe.channels))
         return MessageLedger(settings, meter, recipe.grpo.iterations, trainable, self.world)
 
     def _value_messages(

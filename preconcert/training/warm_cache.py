@@ -29,7 +29,7 @@ from preconcert.training.reporter import Reporter
 from preconcert.training.warm_start import WarmStartMethod
 from preconcert.training.world_settings import WorldModelSettings
 
-BASIS = ("task", "params", "model", "dtype", "starter", "lora", "agent", "warm_start", "seed", "threads")
+BASIS = ("task", "params", "model", "dtype", "starter", "lora", "agent", "channels", "warm_start", "seed", "threads")
 """Keys of a recipe that the supervised phase reads."""
 _LIBRARIES = ("torch", "transformers", "trl", "peft")
 
@@ -95,6 +95,8 @@ def _supervised(recipe: Recipe, first_adapter: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(warm_basis(recipe).model_dump_json(include=set(BASIS)))
     if content["agent"]["codec"] == SlotsSettings().model_dump(mode="json"):
         del content["agent"]["codec"]  # as it was before there were others
+    if not content["channels"]:
+        del content["channels"]
     if content["starter"]["family"] == StarterSettings().family:
         del content["starter"]["family"]
     if recipe.world_model is not None:  # recipes without one keep the keys that they always had

@@ -85,7 +85,8 @@ def imitate(basis: Recipe, folder: Path, env: Env, adapter: str, reporter: Repor
     started = time.perf_counter()
     settings = basis.warm_start
     codec = codec_of(basis.agent.codec, env.language, basis.agent.spans)
-    episodes = scripted_episodes(basis, codec, max(settings.episodes, 64 if basis.model == STARTER else 0), reporter)
+    count = max(settings.episodes, 64 if basis.model == STARTER else 0)
+    episodes = scripted_episodes(basis, codec, count, reporter, basis.channels)
     source = basis.model
     if basis.model == STARTER:
         texts = [turn.observation.text for e in episodes for t in e.trajectories.values() for turn in t.turns]

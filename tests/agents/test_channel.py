@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from preconcert.agents import Channel, ChannelMode, ChannelSettings
-from preconcert.agents.channel import Messenger, Nearest, Pairs, Scene, check_topology
-from preconcert.core import ConfigError, Delivery, Fate, Message, UnknownNameError
+from preconcert.agents import Channel, ChannelHarm, ChannelMode, ChannelSettings
+from preconcert.agents.channel import Messenger, Nearest, Pairs, Scene, check_topology, drawn
+from preconcert.core import ConfigError, Delivery, Fate, Message, Slot, UnknownNameError
 from preconcert.envs import make_env
 
 
@@ -178,6 +178,59 @@ def test_a_fork_and_its_origin_are_apart() -> None:
     assert heard(channel, "f", "b") == {"a": "one"}
     assert heard(channel, "e", "b") == {}
     assert channel.deliveries("e")[0].fate is Fate.LATE
+
+
+def test_an_episode_can_have_a_channel_of_its_own() -> None:
+    plain, dead = ChannelSettings(), ChannelHarm(drop=1.0).of(ChannelSettings())
+    late = ChannelHarm(delay=1, substitute=1.0).of(plain)
+    channel = Channel(plain, 0, {"dead": dead, "late": late})
+    assert channel.looks, "substitution needs the words"
+    names = ("fine", "dead", "late")
+    scenes = {name: Scene({"a": (Slot("word", ("one", "two")),)}) for name in (*names, "copy", "copy of late")}
+    channel.transmit({name: [say("a", 0, "one")] for name in names}, dict.fromkeys(names, "g"), 0, scenes)
+    assert [heard(channel, name, "b") for name in names] == [{"a": "one"}, {}, {}]
+    channel.fork("dead", "copy")
+    channel.fork("late", "copy of late")
+    everyone = (*names, "copy", "copy of late")
+    channel.transmit({name: [say("a", 1, "one")] for name in everyone}, dict.fromkeys(everyone, "g"), 1, scenes)
+    assert [heard(channel, name, "b").get("a") for name in everyone] == ["one", None, "two", None, "two"]
+    channel.close("dead")
+    channel.transmit({"dead": [say("a", 2, "one")]}, {"dead": "g"}, 2, scenes)
+    assert heard(channel, "dead", "b") == {"a": "one"}, "the name is free again"
+    with pytest.raises(ConfigError, match="channel of 'e': mode"):
+        Channel(plain, 0, {"e": ChannelSettings(mode=ChannelMode.SHUFFLED)})
+
+
+def test_a_harm_leaves_everything_else_as_it_is() -> None:
+    given = ChannelSettings(cap_episode_bits=9.0, drop=0.2, noise=0.1, rounds=2)
+    harm = ChannelHarm(weight=3, drop=0.5, substitute=0.4, delay=2, cap_bits=0.0)
+    assert harm.of(given) == ChannelSettings(
+        cap_episode_bits=9.0, drop=0.5, noise=0.1, rounds=2, substitute=0.4, delay=2, cap_bits=0.0
+    )
+    assert harm.of_scripts(ChannelSettings()) == ChannelSettings(drop=0.5, delay=2)
+    assert ChannelHarm().of(given) == given
+    for wrong in ({"drop": 1.5}, {"weight": 0}, {"mode": "off"}):
+        with pytest.raises(ValidationError):
+            ChannelHarm.model_validate(wrong)
+
+
+@given(
+    weights=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=6), count=st.integers(1, 40), seed=st.integers(0, 999)
+)
+def test_harms_are_drawn_by_weight(weights: list[float], count: int, seed: int) -> None:
+    harms = {f"h{number}": ChannelHarm(weight=weight) for number, weight in enumerate(weights)}
+    names = drawn(harms, count, seed)
+    assert len(names) == count
+    assert names == drawn(harms, count, seed)
+    for name, harm in harms.items():
+        assert abs(names.count(name) - count * harm.weight / sum(weights)) < 1.0 + 1e-6
+    assert drawn({}, count, seed) == ()
+
+
+def test_harms_come_in_another_order_every_time() -> None:
+    harms = {"one": ChannelHarm(), "other": ChannelHarm()}
+    first = [drawn(harms, 8, seed)[0] for seed in range(200)]
+    assert 70 < first.count("one") < 130
 
 
 NAMES = ("a", "b", "c", "d")

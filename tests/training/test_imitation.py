@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from preconcert.agents import AgentSettings, TurnCodec, codec_of, turn_format_of
+from preconcert.agents import AgentSettings, ChannelHarm, TurnCodec, codec_of, turn_format_of
 from preconcert.agents.codecs import LearnedCodec
 from preconcert.core import Episode, Slot, SpanKind, TaskLanguage
 from preconcert.envs import make_env, tasks
@@ -175,3 +175,30 @@ def test_spans_of_what_was_said_are_learned() -> None:
         assert all(example["labels"][start + span.start] >= 0 for span in said)
         ends += len(said) > len(turn.message.payload.split())
     assert ends > 0
+
+
+def test_scripts_are_shown_where_messages_are_lost_or_late_and_never_where_they_are_wrong() -> None:
+    recipe = Recipe.model_validate({"task": "rendezvous"})
+    codec = codec_of(recipe.agent.codec, make_env("rendezvous", {}, 0).language, recipe.agent.spans)
+    harms = {
+        "clean": ChannelHarm(),
+        "dead": ChannelHarm(drop=1.0),
+        "late": ChannelHarm(delay=2),
+        "garbled": ChannelHarm(substitute=1.0, cap_bits=0.0),
+    }
+    episodes = scripted_episodes(recipe, codec, 40, Silent(), harms)
+    kinds: Counter[str] = Counter()
+    for episode in episodes:
+        turns = [turn for turn in turns_of([episode]) if turn.step >= 3]
+        ages = {turn.step - message.sent_at for turn in turns for message in turn.inbox}
+        assert len(ages) <= 1
+        kinds[{(): "dead", (1,): "arrives", (3,): "late"}[tuple(ages)] if turns else "short"] += 1
+        for turn in turns_of([episode]):
+            for message in turn.inbox:
+                assert message == episode.trajectories[message.sender].turns[message.sent_at].message
+    assert kinds["late"] + kinds["dead"] + kinds["arrives"] + kinds["short"] == 40
+    assert 5 <= kinds["dead"] <= 10
+    assert 5 <= kinds["late"] <= 10
+    assert scripted_episodes(recipe, codec, 4, Silent(), {"clean": ChannelHarm()}) == scripted_episodes(
+        recipe, codec, 4, Silent()
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preconcert.agents import AgentSettings, Context
+from preconcert.agents import AgentSettings, ChannelHarm, Context
 from preconcert.core import ConfigError, Episode, TrainingError, UnknownNameError, load_episodes
 from preconcert.models import TransformersModel
 from preconcert.training.credit import Score, TurnKey, estimate
@@ -177,3 +177,41 @@ def test_memory_reaches_branches(checkpoint: Any) -> None:
     recipe = recipe_of(credit={"type": "agent-turn"})
     found = GameSource(recipe, team, GrammarTable(), frozenset(AGENTS), None).collect(0)
     assert found.metrics["environment_steps"] == 2 * 2 * HORIZON * (HORIZON + 1) / 2
+
+
+HARMS = {"fine": ChannelHarm(weight=1.0), "dead": ChannelHarm(drop=1.0)}
+
+
+def lost(episode: Episode) -> set[bool]:
+    """Was what was heard in it nothing?"""
+    return {not turn.inbox for mine in episode.trajectories.values() for turn in mine.turns if turn.step}
+
+
+@pytest.mark.parametrize("branching", [False, True])
+def test_a_group_shares_what_is_wrong_with_its_channel(starter: TransformersModel, branching: bool) -> None:
+    credit: Any = {"type": "agent-turn", "lines": 1} if branching else "agent"
+    recipe = recipe_of(seeds=4, group=2, credit=credit).model_copy(update={"channels": HARMS})
+    source = GameSource(recipe, team_on(starter), GrammarTable(), frozenset(AGENTS), None)
+    found = source.collect(0)
+    harms = source.harms(0)
+    assert sorted(harms) == ["dead", "dead", "fine", "fine"]
+    seeds = list(dict.fromkeys(spec.seed for spec in source.specs(0)))
+    of = dict(zip(seeds, harms, strict=True))
+    heard = {(of[one.seed], deaf) for one in found.episodes for deaf in lost(one)}
+    assert heard == {("dead", True), ("fine", False)}
+    assert {name for name in found.metrics if name.startswith("channel/")} == {
+        "channel/dead/success", "channel/fine/success"
+    }  # fmt: skip
+    assert found.metrics["success"] == pytest.approx(
+        (found.metrics["channel/dead/success"] + found.metrics["channel/fine/success"]) / 2
+    )
+    assert {source.harms(iteration) for iteration in range(12)} > {harms}, "drawn anew every time"
+
+
+def test_a_channel_with_nothing_wrong_changes_nothing(starter: TransformersModel) -> None:
+    recipe = recipe_of(seeds=2)
+    found = [
+        GameSource(each, team_on(starter), GrammarTable(), frozenset(AGENTS), None).collect(0).episodes
+        for each in (recipe, recipe.model_copy(update={"channels": {"fine": ChannelHarm()}}))
+    ]
+    assert found[0] == found[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from preconcert.agents import ChannelSettings
+from preconcert.agents import ChannelHarm, ChannelSettings
 from preconcert.core import ConfigError
 from preconcert.models import LoraSettings
 from preconcert.training.recipe import Adapters, Recipe
@@ -79,6 +79,7 @@ def test_the_key_is_what_the_warm_start_reads() -> None:
         assert getattr(warm_basis(recipe.model_copy(update={name: value})), name) != value
     within = {
         "seed": 8,
+        "channels": {"dead": ChannelHarm(drop=1.0)},
         "params": {"size": 4, "landmarks": 2, "horizon": 3},
         "lora": LoraSettings(r=4),
         "warm_start": recipe.warm_start.model_copy(update={"steps": 5}),

@@ -31,7 +31,7 @@ alone does not push out those of all others."""
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What the channel may know of an episode besides its messages. Needed where `ChannelSettings.looks`."""
+    """What the channel may know of an episode besides its messages. Needed where it `looks`."""
 
     slots: Mapping[str, tuple[Slot, ...]] = field(default_factory=dict)
     """By sender: the words that can stand in each place of its messages."""
@@ -79,10 +79,17 @@ class Channel:
     Args:
         settings: how messages travel. `rounds` is the environment's affair.
         seed: for everything random.
+        others: by episode, the settings of those whose channel is another one, with the same mode and topology.
     """
 
-    def __init__(self, settings: ChannelSettings, seed: int) -> None:
+    def __init__(
+        self, settings: ChannelSettings, seed: int, others: Mapping[str, ChannelSettings] | None = None
+    ) -> None:
         self.settings = settings
+        self._others = dict(others or {})
+        for episode, other in self._others.items():
+            if (other.mode, other.topology) != (settings.mode, settings.topology):
+                raise ConfigError(f"channel of {episode!r}: mode and topology are one for all episodes of a rollout")
         self._seed = seed
         self._inboxes: dict[tuple[str, str], dict[str, Message]] = defaultdict(dict)
         self._under_way: dict[str, list[_UnderWay]] = {}
@@ -90,6 +97,11 @@ class Channel:
         self._spent: dict[tuple[str, str], float] = defaultdict(float)
         self._past: dict[str, dict[str, deque[_Sent]]] = defaultdict(dict)
         self._sent = 0
+
+    @property
+    def looks(self) -> bool:
+        """Does it look at anything but the messages themselves?"""
+        return self.settings.looks or any(each.looks for each in self._others.values())
 
     def inbox(self, episode: str, agent: str) -> tuple[Message, ...]:
         """What the agent last received from each other agent, oldest first."""
@@ -114,7 +126,7 @@ class Channel:
             groups: each episode's group; no control takes anything from within a group, whose members share the task
                 instance.
             step: the environment step, which is the same in all episodes.
-            scenes: by episode, where the settings ask for it.
+            scenes: by episode, where the channel `looks`.
 
         Raises:
             ConfigError: the settings need more than is known of a message.
@@ -136,7 +148,7 @@ class Channel:
         Args:
             sent: messages by episode.
             step: the environment step in which they were written.
-            scenes: by episode, where the settings ask for it.
+            scenes: by episode, where the channel `looks`.
         """
         if self.settings.mode is ChannelMode.OFF:
             return
@@ -158,6 +170,8 @@ class Channel:
             self._under_way[name] = list(self._under_way[episode])
         if episode in self._log:
             self._log[name] = list(self._log[episode])
+        if episode in self._others:
+            self._others[name] = self._others[episode]
 
     def close(self, episode: str) -> None:
         """Forget what is held for a finished episode."""
@@ -166,6 +180,10 @@ class Channel:
                 del held[key]  # type: ignore[attr-defined]  # either of two dictionaries
         self._under_way.pop(episode, None)
         self._log.pop(episode, None)
+        self._others.pop(episode, None)
+
+    def _of(self, episode: str) -> ChannelSettings:
+        return self._others.get(episode, self.settings)
 
     # ---- the sender's side
 
@@ -185,7 +203,7 @@ class Channel:
         return letters
 
     def _letter(self, episode: str, written: Message, recipients: tuple[str, ...], scene: Scene) -> _Letter:
-        settings = self.settings
+        settings = self._of(episode)
         bits = entry_bits(written, scene.slots.get(written.sender, ()))
         message = written if recipients == written.recipients else replace(written, recipients=recipients)
         if settings.mode in (ChannelMode.CONSTANT, ChannelMode.RANDOM):
@@ -318,12 +336,13 @@ class Channel:
             return
         message = self._distorted(letter, message, recipient, step, scenes)
         changed = message.payload != letter.written.payload or _numbers(message) != _numbers(letter.written)
-        if not self.settings.delay:
+        delay = self._of(letter.episode).delay
+        if not delay:
             self._inboxes[(letter.episode, recipient)][message.sender] = message
             self._note(letter, recipient, Fate.ARRIVED, step + 1, changed)
             return
         entry = self._note(letter, recipient, Fate.LATE, None, changed)
-        under_way = _UnderWay(step + 1 + self.settings.delay, recipient, message, entry)
+        under_way = _UnderWay(step + 1 + delay, recipient, message, entry)
         self._under_way.setdefault(letter.episode, []).append(under_way)
 
     def _distorted(
@@ -334,7 +353,7 @@ class Channel:
         step: int,
         scenes: Mapping[str, Scene] | None,
     ) -> Message:
-        settings = self.settings
+        settings = self._of(letter.episode)
         if settings.mode not in (ChannelMode.ON, ChannelMode.SHUFFLED):
             return message
         if message.latent is None and settings.substitute:
@@ -367,10 +386,11 @@ class Channel:
 
     def _lost(self, episode: str, sender: str, recipient: str, step: int) -> bool:
         """Decided by the message alone, so that a loss does not depend on which other episodes are running."""
-        if not self.settings.drop:
+        drop = self._of(episode).drop
+        if not drop:
             return False
         seed = np.array([derive_seed(self._seed, "loss", episode, sender, recipient)], dtype=np.uint64)
-        return bool(uniforms(seed, step)[0] < self.settings.drop)
+        return bool(uniforms(seed, step)[0] < drop)
 
     def _rng(self, what: str, episode: str, sender: str, recipient: str, step: int) -> np.random.Generator:
         return np.random.default_rng(derive_seed(self._seed, what, episode, sender, recipient, step))
