@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preconcert.experiments.communication_report import HEAVY, report
+from preconcert.experiments.communication_report import HEAVY, LEARNED, LOOSE, NONE, ORACLE, RAW, report
 from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale
 
-NONE, RAW, ORACLE, LEARNED = "none", "raw-state", "oracle", "learned"
 WORK = "preconcert.experiments.communication_work:talk_and_judge"
 _LEAN: Mapping[str, Any] = {"gate": {"min_gap": 0.0, "episodes": 16}, "keep_episodes": False, "adapters": "shared"}
 CONTROLS: Mapping[str, Mapping[str, Any]] = {
@@ -37,24 +36,28 @@ def latent(tokens: int, dims: int = 2, levels: int = 4, method: str = "learned")
     return {"type": "latent", "tokens": tokens, "dims": dims, "levels": levels, "method": method}
 
 
-def arms(tokens: tuple[int, ...], caps: Mapping[str, float]) -> tuple[ExperimentArm, ...]:
+def capped(caps: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """By task, a price on messages that holds them to so many bits each."""
+    return {task: {"grpo.message_price": {"cap_bits": cap}} for task, cap in caps.items()}
+
+
+def arms(
+    tokens: tuple[int, ...], tight: Mapping[str, float], loose: Mapping[str, float]
+) -> tuple[ExperimentArm, ...]:
     """All forms of messages.
 
     Args:
         tokens: lengths of quantised latent messages.
-        caps: by task, bits per message that the learned words are held to.
+        tight: by task, bits per message that the learned words are held to; elsewhere they have no cap.
+        loose: the same, for an arm on these tasks alone.
     """
     found = [
         ExperimentArm(NONE, "no messages", {"agent.spans.say": False}),
         ExperimentArm(RAW, "observation in words", {"agent.codec": "raw-state"}),
         ExperimentArm("intention", "plan in words", {"agent.codec": "intention"}),
         ExperimentArm("slots", "the task's words", {"agent.codec": "slots"}),
-        ExperimentArm(
-            LEARNED,
-            "learned words, capped",
-            {"agent.codec": "learned"},
-            {task: {"grpo.message_price": {"cap_bits": cap}} for task, cap in caps.items()},
-        ),
+        ExperimentArm(LEARNED, "learned words, tight cap", {"agent.codec": "learned"}, capped(tight)),
+        ExperimentArm(LOOSE, "learned words, loose cap", {"agent.codec": "learned"}, capped(loose), tuple(loose)),
     ]
     found += [
         ExperimentArm(f"latent-{k}", f"latent, k = {k}, quantised", {"agent.codec": latent(k)}) for k in tokens
@@ -85,7 +88,7 @@ def _task(name: str, episodes: int, steps: int, grpo: Mapping[str, Any], **more:
 _OPTIONS: Mapping[str, Any] = {"channels": CONTROLS, "subjects": SUBJECTS}
 _SMOKE_ARMS = (NONE, LEARNED, "latent-1", ORACLE)
 SMOKE = Plan(
-    arms=tuple(arm for arm in arms((1,), {"rendezvous": 3.0}) if arm.name in _SMOKE_ARMS),
+    arms=tuple(arm for arm in arms((1,), {"rendezvous": 3.0}, {}) if arm.name in _SMOKE_ARMS),
     tasks=(
         ExperimentTask(
             "rendezvous",
@@ -103,10 +106,12 @@ SMOKE = Plan(
     seeds=2,
     options={**_OPTIONS, "episodes": 8, "fitting": 8, "caps": [0, 8]},
 )
-_CAPS = {"rendezvous": 3.0, "box-push": 4.0}
-"""On `signal` a message is one word: nothing can be left out, so nothing is capped."""
+_TIGHT = {"rendezvous": 3.0, "box-push": 4.0}
+"""Of the 4.3 and 10.3 bits of the task's words. On `signal` a message is one word: nothing can be left out, so nothing
+is capped."""
+_LOOSE = {"rendezvous": 4.0, "box-push": 8.0}
 STANDARD = Plan(
-    arms=arms((1, 2, 4, 8), _CAPS),
+    arms=arms((1, 2, 4, 8), _TIGHT, _LOOSE),
     tasks=(
         _task("rendezvous", 3000, 600, {"iterations": 16, "seeds": 8, "group": 8}),
         _task("box-push", 4000, 900, {"iterations": 16, "seeds": 8, "group": 4, "hindsight_weight": 0.1}),

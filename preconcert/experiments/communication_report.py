@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from preconcert.experiments.readings import Contrast, Readings, comparisons_tabl
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
 from preconcert.experiments.statistics import Estimate, compare, mean
 
-NONE, RAW, ORACLE, LEARNED, FREE = "none", "raw-state", "oracle", "learned", "latent-free"
+NONE, RAW, ORACLE, FREE = "none", "raw-state", "oracle", "latent-free"
+LEARNED, LOOSE = "learned", "learned-loose"
+"""Words that are learned under a tight cap and under a loose one."""
 HEAVY = "heavy-speech"
 """A control and no candidate for the best learned arm."""
 _SUCCESS = measure_named("success_on")
@@ -32,7 +35,7 @@ _PERPLEXITY = 30
 
 def learned_arms(plan: Plan) -> list[str]:
     """Arms whose messages are learned."""
-    return [arm.name for arm in plan.arms if arm.name == LEARNED or arm.name in latent_arms(plan)]
+    return [arm.name for arm in plan.arms if arm.name in (LEARNED, LOOSE, *latent_arms(plan))]
 
 
 def latent_arms(plan: Plan) -> list[str]:
@@ -165,10 +168,12 @@ def _first_sentence(plan: Plan, readings: Readings, tasks: Sequence[str]) -> Fin
     """Do vectors cost more bits than words?"""
     parts: list[str] = []
     for task in tasks:
-        words = readings.estimate(LEARNED, measure_named("bits_raw"), task, mean)
-        best = _best(plan, readings, task, [name for name in learned_arms(plan) if name != LEARNED])
-        if words is None or best is None:
+        said = _best(plan, readings, task, (LEARNED, LOOSE))
+        best = _best(plan, readings, task, latent_arms(plan))
+        if said is None or best is None:
             continue
+        words = readings.estimate(said, measure_named("bits_raw"), task, mean)
+        assert words is not None
         vectors = readings.estimate(best, measure_named("bits_raw"), task, mean)
         assert vectors is not None
         more = "more" if vectors.value > words.value else "no more"
@@ -273,16 +278,16 @@ def _causal(plan: Plan, readings: Readings, task: str) -> Finding:
 def _caps_met(readings: Readings, tasks: Sequence[str]) -> list[Finding]:
     """Learned words at the end of training, and their cap."""
     found: list[Finding] = []
-    for task in tasks:
-        cap = readings.estimate(LEARNED, measure_named("cap"), task, mean)
-        ends = readings.values(LEARNED, measure_named("bits_at_end"), task).get(task, {})
+    for task, name in itertools.product(tasks, (LEARNED, LOOSE)):
+        cap = readings.estimate(name, measure_named("cap"), task, mean)
+        ends = readings.values(name, measure_named("bits_at_end"), task).get(task, {})
         if cap is None or not ends:
             continue
         over = [seed for seed, bits in ends.items() if bits > (1 + NEAR_CAP) * cap.value]
         said = ", ".join(f"{bits:.2f}" for _, bits in sorted(ends.items()))
         found.append(
             Finding(
-                f"{task}. Target: learned words meet their cap of {cap.value:g} bits per message within "
+                f"{task}, {name}. Target: learned words meet their cap of {cap.value:g} bits per message within "
                 f"{100 * NEAR_CAP:.0f}% at the end of training. {'Not met' if over else 'Met'}, by seed: {said}.",
                 not over,
             )
