@@ -2,7 +2,8 @@
 
 Arms are text (`slots`) and vectors (`latent`), each trained on a clean channel and on one that is drawn anew for each
 task instance (`varied`: clean, dead, or harmed in one way); text on one that harms every message by chance (`noisy`),
-as the control of what drawing by instance is for; and a team that never talks. Every trained team is played through the same grid of channels, one kind of harm at a time.
+as the control of what drawing by instance is for; and a team that never talks. Every trained team is played through the
+same grid of channels, one kind of harm at a time.
 """
 
 from __future__ import annotations
