@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preconcert.experiments.communication_report import HEAVY, LEARNED, LOOSE, NONE, ORACLE, RAW, report
+from preconcert.experiments.communication_report import HEAVY, LEARNED, LOOSE, NONE, ORACLE, PATH, RAW, report
 from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale
 
 WORK = "preconcert.experiments.communication_work:talk_and_judge"
@@ -68,6 +68,12 @@ def arms(
             "latent-free",
             "latent, k = 2, aligned without training",
             {"agent.codec": latent(2, levels=0, method="aligned")},
+        ),
+        ExperimentArm(
+            PATH,
+            "latent, k = 2, quantised, pathwise gradient",
+            {"agent.codec": latent(2), "grpo.speech": "path"},
+            tasks=("rendezvous",),
         ),
         # The control of what `speech_weight` and `codec_lr` are for: everything counts the same, learns as fast.
         ExperimentArm(

@@ -21,6 +21,8 @@ from preconcert.experiments.statistics import Estimate, compare, mean
 NONE, RAW, ORACLE, FREE = "none", "raw-state", "oracle", "latent-free"
 LEARNED, LOOSE = "learned", "learned-loose"
 """Words that are learned under a tight cap and under a loose one."""
+PATH = "latent-path"
+"""Vectors whose senders learn by the gradient through their receivers, where others learn by the score function."""
 HEAVY = "heavy-speech"
 """A control and no candidate for the best learned arm."""
 _SUCCESS = measure_named("success_on")
@@ -48,7 +50,7 @@ def contrasts(plan: Plan) -> list[Contrast]:
     titles = {arm.name: arm.title for arm in plan.arms}
     pairs = [(arm.name, NONE) for arm in plan.arms if arm.name not in (NONE, ORACLE)]
     pairs += [(name, RAW) for name in learned_arms(plan)]
-    pairs += [("latent-2", FREE), ("latent-2", HEAVY)]
+    pairs += [("latent-2", FREE), ("latent-2", HEAVY), (PATH, "latent-2")]
     return [
         Contrast(first, second, f"{titles[first]} – {titles[second]}")
         for first, second in pairs
