@@ -36,7 +36,7 @@ def latent(tokens: int, dims: int = 2, levels: int = 4, method: str = "learned")
     return {"type": "latent", "tokens": tokens, "dims": dims, "levels": levels, "method": method}
 
 
-def capped(caps: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def capped_at(caps: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """By task, a price on messages that holds them to so many bits each."""
     return {task: {"grpo.message_price": {"cap_bits": cap}} for task, cap in caps.items()}
 
@@ -56,8 +56,8 @@ def arms(
         ExperimentArm(RAW, "observation in words", {"agent.codec": "raw-state"}),
         ExperimentArm("intention", "plan in words", {"agent.codec": "intention"}),
         ExperimentArm("slots", "the task's words", {"agent.codec": "slots"}),
-        ExperimentArm(LEARNED, "learned words, tight cap", {"agent.codec": "learned"}, capped(tight)),
-        ExperimentArm(LOOSE, "learned words, loose cap", {"agent.codec": "learned"}, capped(loose), tuple(loose)),
+        ExperimentArm(LEARNED, "learned words, tight cap", {"agent.codec": "learned"}, capped_at(tight)),
+        ExperimentArm(LOOSE, "learned words, loose cap", {"agent.codec": "learned"}, capped_at(loose), tuple(loose)),
     ]
     found += [
         ExperimentArm(f"latent-{k}", f"latent, k = {k}, quantised", {"agent.codec": latent(k)}) for k in tokens
