@@ -152,8 +152,8 @@ def test_a_stage_that_broke_off_is_done_again(run: Path, tmp_path: Path) -> None
 def test_recipes_without_a_world_model_keep_their_key() -> None:
     recipe = recipe_of()
     content = json.loads(Recipe(**{name: getattr(recipe, name) for name in BASIS}).model_dump_json(include=set(BASIS)))
-    # What was there before there were codecs and families of starters, and nothing else.
-    del content["agent"]["codec"], content["starter"]["family"]
+    # What was there before there were codecs, families of starters and bad channels, and nothing else.
+    del content["agent"]["codec"], content["starter"]["family"], content["channels"]
     content["adapter"] = None
     content["libraries"] = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
     content["cuda"] = torch.cuda.is_available()
