@@ -33,6 +33,8 @@ _OF_TEAMS = ("greedy", "warm")
 """What a channel's settings say of the team that plays."""
 SHOWN = 400
 """Messages that a cell keeps as examples."""
+_MOST_NUMBERS = 64
+"""Of a message that is kept; whole embeddings are not."""
 
 
 def talk_and_judge(
@@ -207,10 +209,13 @@ def examples(episodes: Sequence[Episode], subject: str | None) -> list[dict[str,
                 words = turn.observation.text.split()
                 about = words[words.index(subject) + 1] if subject in words[:-1] else ""
                 latent = turn.message.latent
+                numbers = [] if latent is None else [round(n, 4) for vector in latent.values for n in vector]
+                if len(numbers) > _MOST_NUMBERS:
+                    continue
                 found.append(
                     {
                         "words": turn.message.payload,
-                        "numbers": [] if latent is None else [n for vector in latent.values for n in vector],
+                        "numbers": numbers,
                         "sender": agent,
                         "step": turn.step,
                         "about": about,

@@ -1,4 +1,5 @@
-"""From cells to what people read: `result.json`, `figures/*.png` and one self-contained `index.html`.
+"""From cells to what people read: `result.json`, `figures/*.png` and one self-contained `index.html`; and `notes.json`,
+what else cells have kept, for an experiment to go on from.
 
 Parts: `carry_out_experiment` (the whole way), `unpack_cells` (the way back), `Result` and `write_result`.
 """
@@ -6,6 +7,7 @@ Parts: `carry_out_experiment` (the whole way), `unpack_cells` (the way back), `R
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from preconcert.experiments.report import Report
 from preconcert.experiments.schedule import CELLS, ScheduleReporter, run_cells
 from preconcert.training.json_file import write_json
 
-RESULT, PAGE, FIGURES = "result.json", "index.html", "figures"
+RESULT, NOTES, PAGE, FIGURES = "result.json", "notes.json", "index.html", "figures"
 ENOUGH_SEEDS = 5
 
 
@@ -96,18 +98,9 @@ class Result:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Everything: the summary, each arm's resolved recipe on each task, and every cell's figures.
-
-        What is no figure is kept of each arm's first seed on a task, which is the one that reports show.
-        """
+        """Everything: the summary, each arm's resolved recipe on each task, and every cell's figures."""
         recipes: dict[str, Any] = {}
-        cells: list[dict[str, Any]] = []
-        noted: set[tuple[str, str]] = set()
         for each in self.cells:
-            cells.append(each.to_json())
-            if each.notes and (each.cell.arm, each.cell.task) not in noted:
-                noted.add((each.cell.arm, each.cell.task))
-                cells[-1]["notes"] = dict(each.notes)
             recipe = each.cell.recipe.model_dump(mode="json")
             del recipe["seed"]  # stands with the cell
             recipes.setdefault(each.cell.task, {}).setdefault(each.cell.arm, recipe)
@@ -115,8 +108,17 @@ class Result:
             **self.summary(),
             "options": dict(self.plan.options),
             "recipes": recipes,
-            "cells": cells,
+            "cells": [each.to_json() for each in self.cells],
         }
+
+    def notes(self) -> dict[str, Mapping[str, Any]]:
+        """What is no figure, by the cell's hash: of each arm's first seed on a task, which is the one that reports
+        show."""
+        first: dict[tuple[str, str], CellResult] = {}
+        for each in self.cells:
+            if each.notes:
+                first.setdefault((each.cell.arm, each.cell.task), each)
+        return {each.cell.digest: each.notes for each in first.values()}
 
 
 def carry_out_experiment(
@@ -130,7 +132,8 @@ def carry_out_experiment(
 ) -> Result:
     """Do what is not yet done of an experiment and write what it says.
 
-    A `result.json` in the folder counts as its cells do: what it says of equal cells is not done again.
+    A `result.json` in the folder counts as its cells do, with the `notes.json` beside it if there is one: what it says
+    of equal cells is not done again.
 
     Args:
         experiment: what.
@@ -188,13 +191,18 @@ def unpack_cells(name: str, out: Path) -> None:
     path = out / RESULT
     if not path.is_file():
         return
+    notes = out / NOTES
     try:
+        noted = json.loads(notes.read_text()) if notes.is_file() else {}
         content = json.loads(path.read_text())
         of = content["experiment"]
         cells = [each for each in content["cells"] if each["error"] is None]
         named = {each["digest"]: folder_name(each["task"], each["arm"], each["seed"], each["digest"]) for each in cells}
         kept = ("measures", "curves", "made")
-        found = {each["digest"]: {**{key: each[key] for key in kept}, "notes": each.get("notes", {})} for each in cells}
+        found = {
+            each["digest"]: {**{key: each[key] for key in kept}, "notes": noted.get(each["digest"], {})}
+            for each in cells
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{str(path)!r} is no result of an experiment: {type(error).__name__}: {error}") from error
     if of != name:
@@ -208,13 +216,18 @@ def unpack_cells(name: str, out: Path) -> None:
 
 
 def write_result(result: Result, out: Path) -> None:
-    """The three kinds of files."""
+    """All files."""
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
     images: dict[str, bytes] = {}
     for figure in result.report.figures:
         images[figure.name] = png(figure.figure)
         (out / FIGURES / f"{figure.name}.png").write_bytes(images[figure.name])
     write_json(out / RESULT, result.to_json())
+    notes = result.notes()
+    if notes:
+        beside = out / f"{NOTES}.new"
+        beside.write_text(json.dumps(notes, separators=(",", ":")))
+        os.replace(beside, out / NOTES)
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, autoescape=True
     )

@@ -131,7 +131,8 @@ def test_a_published_result_is_gone_on_with(tmp_path: Path) -> None:
     chosen = experiment(1, 3)
     first = carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "a")
     (tmp_path / "b").mkdir()
-    shutil.copy(tmp_path / "a" / "result.json", tmp_path / "b")
+    for name in ("result.json", "notes.json"):
+        shutil.copy(tmp_path / "a" / name, tmp_path / "b")
     more = carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "b", seeds=2)
     done = {each.parent.name.rpartition("-")[0]: each.read_text() for each in tmp_path.glob("b/cells/*/calls.txt")}
     assert done == {"meet-e3-s0": "called\n", "meet-e1-s1": "called\n", "meet-e3-s1": "called\n"}
@@ -139,8 +140,7 @@ def test_a_published_result_is_gone_on_with(tmp_path: Path) -> None:
     (new,) = [each for each in more.cells if each.error is None and each.cell.seed == 0]
     assert new == old
     assert new.notes == {"words": ["a", "b"]}
-    held = json.loads((tmp_path / "b" / "result.json").read_text())["cells"]
-    assert [each.get("notes") for each in held if each["arm"] == "e1"] == [{"words": ["a", "b"]}, None]
+    assert json.loads((tmp_path / "b" / "notes.json").read_text()) == {new.cell.digest: new.notes}, "of the first seed"
     other = replace(chosen, name="slow")
     with pytest.raises(ConfigError, match="'quick', not 'slow'"):
         carry_out_experiment(other, Scale.SMOKE, tmp_path / "a")
