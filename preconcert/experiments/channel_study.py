@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from preconcert.experiments.communication import WORK, latent
 from preconcert.experiments.communication_report import axes_of, legend_of, plain
 from preconcert.experiments.experiment import CellResult, Experiment, ExperimentArm, ExperimentTask, Plan, Scale
-from preconcert.experiments.figures import COLOURS, MARKS
+from preconcert.experiments.figures import look
 from preconcert.experiments.readings import Contrast, Readings, comparisons_table, measure_named
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
 
@@ -204,7 +204,7 @@ def _curves(plan: Plan, readings: Readings, task: str) -> Figure:
             held = [(place, each) for place, each in enumerate(found) if each is not None]
             if len(held) < len(keys):
                 continue
-            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            colour, mark = look(number)
             axis.fill_between(
                 [place for place, _ in held],
                 [each.low for _, each in held],

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from preconcert.experiments.experiment import CellResult, Plan
-from preconcert.experiments.figures import COLOURS, MARKS
+from preconcert.experiments.figures import COLOURS, legend_columns, look
 from preconcert.experiments.readings import Contrast, Readings, comparisons_table, measure_named
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
 from preconcert.experiments.statistics import Estimate, compare, mean
@@ -334,7 +334,7 @@ def plain(axis: Any, title: str, x_label: str) -> None:
     axis.tick_params(labelsize=8)
 
 
-def legend_of(figure: Figure, axes: Sequence[Any], columns: int = 4) -> None:
+def legend_of(figure: Figure, axes: Sequence[Any]) -> None:
     """One legend for all axes, below them."""
     handles: dict[str, Any] = {}
     for axis in axes:
@@ -342,12 +342,17 @@ def legend_of(figure: Figure, axes: Sequence[Any], columns: int = 4) -> None:
             handles.setdefault(label, handle)
     if handles:
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=legend_columns(figure),
+            frameon=False,
+            fontsize=8,
         )
 
 
 def _front(plan: Plan, readings: Readings, tasks: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(max(6.0, 4.0 * len(tasks)), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(8.4, 4.2 * len(tasks)), 5.2), layout="constrained")
     axes = axes_of(figure, len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         points: list[tuple[float, float]] = []
@@ -361,7 +366,7 @@ def _front(plan: Plan, readings: Readings, tasks: Sequence[str]) -> Figure:
                 continue
             if bits is None:
                 continue
-            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            colour, mark = look(number)
             axis.plot([bits.value] * 2, [success.low, success.high], color=colour, lw=2, alpha=0.6)
             axis.plot([bits.value], [success.value], mark, color=colour, ms=6, label=arm.title)
             points.append((bits.value, success.value))
@@ -385,7 +390,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _caps(plan: Plan, readings: Readings, tasks: Sequence[str]) -> Figure:
     caps = [float(cap) for cap in plan.options.get("caps", ())]
-    figure = Figure(figsize=(max(6.0, 4.0 * len(tasks)), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(8.4, 4.2 * len(tasks)), 5.0), layout="constrained")
     axes = axes_of(figure, len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
         for number, arm in enumerate(plan.arms):
@@ -393,7 +398,7 @@ def _caps(plan: Plan, readings: Readings, tasks: Sequence[str]) -> Figure:
             if arm.name in (NONE, ORACLE) or any(each is None for each in found):
                 continue
             values = [each.value for each in found if each is not None]
-            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            colour, mark = look(number)
             axis.plot(range(len(caps)), values, color=colour, marker=mark, ms=4, lw=1.4, label=arm.title)
         axis.set_xticks(range(len(caps)), [f"{cap:g}" for cap in caps])
         plain(axis, task, "bits per message")

@@ -15,9 +15,22 @@ from preconcert.experiments.statistics import Estimate, iqm
 
 COLOURS = ("#2f6fde", "#d9622b", "#1f8f6b", "#9b4fc4", "#b0830f", "#c23a6b", "#3a8ca8", "#6f7a1f", "#5f6673")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_LEGEND_WIDTH = 2.7
+"""Inches that an entry of a legend takes."""
 _POINTS = 60
 """Places along a curve at which seeds are put together."""
 _DPI = 130
+
+
+def look(number: int) -> tuple[str, str]:
+    """Colour and mark of the n-th arm; the first 81 all differ."""
+    return COLOURS[number % len(COLOURS)], MARKS[(number + number // len(COLOURS)) % len(MARKS)]
+
+
+def legend_columns(figure: Figure) -> int:
+    """As many as fit beside one another."""
+    return max(1, int(figure.get_figwidth() / _LEGEND_WIDTH))
+
 
 Lines = Sequence[tuple[Sequence[float], Sequence[float]]]
 """One (x, y) per seed."""
