@@ -593,7 +593,10 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         if "heard_at" in batch:
             base, codecs = model.get_base_model(), codecs_of(model)
             # The senders' pass is over before the rows' own route is opened: a layer follows one route at a time.
-            values = pathwise_values(base, batch, codecs, self.adapter_names)
+            clip = (self.args.epsilon, self.args.epsilon_high)
+            values, outside = pathwise_values(base, batch, codecs, self.adapter_names, clip, self.temperature)
+            if outside is not None and self._only is None:
+                self._metrics["train"]["speech/path_clip_ratio"].append(outside)
             self._fills = Fills(base, fills_of(batch, codecs, self.adapter_names, values))
         self._route = AdapterRoute(model, names)
 

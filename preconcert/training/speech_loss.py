@@ -12,7 +12,8 @@ receiver's codec learns from the receiver's own loss, through the embeddings.
 Where the channel is differentiable, that loss can go on into the sender: its pass is made a second time, and what
 arrived becomes (what arrived) + sent(drawn + mean - stop(mean)) - stop(the same): the number is the one on record, its
 gradient with respect to the mean that of the reparametrised draw, straight through the quantisation. The width of the
-Gaussian gets none, and stays as it is where nothing else trains it.
+Gaussian gets none, and stays as it is where nothing else trains it. Receivers' ratios do not see how far a sender has
+moved since it spoke, so its own ratio is the limit: a vector whose density has left the clip carries no gradient.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def _source_columns(
     rows: Sequence[Row], total: int, adapters: Sequence[str], senders: int, tokens: int, dims: int
 ) -> dict[str, NDArray[Any]]:
     """`from_ids` (B, S, L), `from_length` and `from_adapter` (B, S), and `from_heard_at`, `from_heard_length` and
-    `from_heard_values` with one more axis for what the senders had heard; `from_drawn` (B, S, k, d)."""
+    `from_heard_values` with one more axis for what the senders had heard; `from_drawn` (B, S, k, d) and `from_logps`
+    (B, S, k)."""
     sources = [source for row in rows for source in row.sources]
     longest = max(len(source.ids) for source in sources)
     theirs = max(1, max(len(source.heard) for source in sources))
@@ -103,6 +105,7 @@ def _source_columns(
     length = np.zeros((total, senders), dtype=np.int64)
     adapter = np.full((total, senders), -1, dtype=np.int64)
     drawn = np.zeros((total, senders, tokens, dims), dtype=np.float32)
+    logps = np.zeros((total, senders, tokens), dtype=np.float32)
     heard_at = np.full((total, senders, theirs), -1, dtype=np.int64)
     heard_length = np.zeros((total, senders, theirs), dtype=np.int64)
     heard_values = np.zeros((total, senders, theirs, tokens, dims), dtype=np.float32)
@@ -116,6 +119,7 @@ def _source_columns(
             adapter[index, place] = adapters.index(source.adapter)
             count = len(placed.latent.values)
             drawn[index, place, :count] = placed.latent.drawn
+            logps[index, place, :count] = placed.latent.logprobs[:count]
             for other, held in enumerate(source.heard):
                 many = len(held.latent.values)
                 if many:
@@ -127,6 +131,7 @@ def _source_columns(
         "from_length": length,
         "from_adapter": adapter,
         "from_drawn": drawn,
+        "from_logps": logps,
         "from_heard_at": heard_at,
         "from_heard_length": heard_length,
         "from_heard_values": heard_values,
@@ -134,8 +139,13 @@ def _source_columns(
 
 
 def pathwise_values(
-    base: Any, batch: Mapping[str, Tensor], codecs: Mapping[str, LatentCodec], adapters: Sequence[str]
-) -> Tensor:
+    base: Any,
+    batch: Mapping[str, Tensor],
+    codecs: Mapping[str, LatentCodec],
+    adapters: Sequence[str],
+    clip: tuple[float, float],
+    temperature: float = 1.0,
+) -> tuple[Tensor, float | None]:
     """What was heard, shape (B, S, k, d), with gradients into the senders where their rows are on record.
 
     Args:
@@ -143,13 +153,18 @@ def pathwise_values(
         batch: with the columns of `speech_columns`.
         codecs: by adapter.
         adapters: names in the order of the batch's adapter columns.
+        clip: a vector carries a gradient while the ratio of its density is between 1 - clip[0] and 1 + clip[1].
+        temperature: that messages were drawn with.
+
+    Returns:
+        The values, and the share of vectors beyond the clip; None where there are no gradients.
     """
     values = batch["heard_values"]
     if "from_ids" not in batch or not torch.is_grad_enabled():
-        return values
+        return values, None
     places = (batch["from_adapter"] >= 0).nonzero()
     if not len(places):
-        return values
+        return values, None
     at = (places[:, 0], places[:, 1])
     who, length, ids = batch["from_adapter"][at], batch["from_length"][at], batch["from_ids"][at]
     tokens = values.shape[2]
@@ -173,15 +188,23 @@ def pathwise_values(
     columns = length[:, None] + torch.arange(tokens, device=block.device)
     states = hidden[torch.arange(len(hidden), device=block.device)[:, None], columns]
     moved = torch.zeros_like(values)
+    outside = torch.zeros(values.shape[:3], dtype=torch.bool, device=values.device)
     for number, name in enumerate(adapters):
         mine = (who == number).nonzero()[:, 0]
         if name not in codecs or not len(mine):
             continue
         codec = codecs[name]
         mean = codec.mean(states[mine])
-        sent = codec.sent(batch["from_drawn"][at][mine] + mean - mean.detach())
-        moved = moved.index_put((places[mine, 0], places[mine, 1]), sent - sent.detach())
-    return values + moved
+        drawn = batch["from_drawn"][at][mine]
+        ratio = (codec.logprob(drawn, mean.detach(), temperature).detach() - batch["from_logps"][at][mine]).exp()
+        beyond = (ratio < 1.0 - clip[0]) | (ratio > 1.0 + clip[1])
+        sent = codec.sent(drawn + mean - mean.detach())
+        where = (places[mine, 0], places[mine, 1])
+        moved = moved.index_put(where, (sent - sent.detach()).masked_fill(beyond[..., None], 0.0))
+        outside = outside.index_put(where, beyond)
+    lengths = batch["heard_length"][at][:, None]
+    counted = torch.arange(tokens, device=values.device) < lengths
+    return values + moved, float(outside[at][counted].float().mean())
 
 
 def fills_of(

@@ -20,7 +20,7 @@ from preconcert.training.latent_stage import LATENT_START, train_latent_stage
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Silent
 from preconcert.training.rollout import rollout
-from preconcert.training.rows import GrammarTable, Row, SpeechGradient
+from preconcert.training.rows import GrammarTable, Placed, Row, SpeechGradient
 from tests.training.teams import (
     AGENTS,
     FixedSource,
@@ -226,6 +226,27 @@ def test_codecs_have_a_learning_rate_of_their_own(talking: TransformersModel, tm
     assert all(key.startswith("agent_0 ") for key in moved)
     held = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     assert len({id(parameter) for parameter in held}) == len(held)
+
+
+@pytest.mark.parametrize("shift", [-1.0, 1.0])
+def test_no_gradient_goes_through_a_message_that_its_sender_would_no_longer_send(
+    talking: TransformersModel, tmp_path: Path, shift: float
+) -> None:
+    """The ratio of its density is e or 1/e, far beyond the clip: what is left is what receivers learn."""
+    team = team_on(talking, SETTINGS)
+    rows, table = rows_of(team, play(team), uneven, speech=SpeechGradient.PATH)
+
+    def moved_on(placed: Placed) -> Placed:
+        latent = replace(placed.latent, logprobs=tuple(logp + shift for logp in placed.latent.logprobs))
+        return replace(placed, latent=latent)
+
+    gone = [replace(row, heard=tuple(moved_on(placed) for placed in row.heard)) for row in rows]
+    unknown = [replace(row, sources=()) for row in rows]
+    there, beyond, without = (
+        gradients_of(trainer_on(talking, FixedSource(each), table, tmp_path), talking) for each in (rows, gone, unknown)
+    )
+    assert largest_difference(beyond, without) < 1e-7
+    assert largest_difference(there, without) > 1e-5
 
 
 def test_groups_without_variance_and_frozen_agents_do_not_move(talking: TransformersModel, tmp_path: Path) -> None:
