@@ -121,7 +121,7 @@ class GRPOSettings(BaseModel):
     """How senders of latent messages learn: `score`, `path` or `both`."""
     speech_weight: float = Field(0.02, ge=0)
     """Weight of the score function's loss on vectors. A Gaussian's score is far larger than a token's: with weight 1
-    the noise in it is some thirty times as large in the gradient as what words and actions have to learn."""
+    the noise in it drowns in the gradient what words and actions have to learn."""
     codec_lr: float = Field(2.5e-4, gt=0)
     """Peak learning rate of codecs: what vectors mean should change more slowly than who reads them learns."""
     imagination: ImaginationSettings | None = None
