@@ -345,7 +345,7 @@ def legend_of(figure: Figure, axes: Sequence[Any]) -> None:
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=legend_columns(figure),
+            ncols=legend_columns(handles, figure.get_figwidth()),
             frameon=False,
             fontsize=8,
         )

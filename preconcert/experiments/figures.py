@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -15,8 +15,6 @@ from preconcert.experiments.statistics import Estimate, iqm
 
 COLOURS = ("#2f6fde", "#d9622b", "#1f8f6b", "#9b4fc4", "#b0830f", "#c23a6b", "#3a8ca8", "#6f7a1f", "#5f6673")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-_LEGEND_WIDTH = 2.7
-"""Inches that an entry of a legend takes."""
 _POINTS = 60
 """Places along a curve at which seeds are put together."""
 _DPI = 130
@@ -27,9 +25,9 @@ def look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], MARKS[(number + number // len(COLOURS)) % len(MARKS)]
 
 
-def legend_columns(figure: Figure) -> int:
-    """As many as fit beside one another."""
-    return max(1, int(figure.get_figwidth() / _LEGEND_WIDTH))
+def legend_columns(names: Collection[str], width: float) -> int:
+    """How many of these names fit beside one another in so many inches; 4 at the most."""
+    return max(1, min(4, int(width / (0.6 + 0.07 * max(map(len, names), default=1)))))
 
 
 Lines = Sequence[tuple[Sequence[float], Sequence[float]]]
@@ -52,7 +50,7 @@ def curves_figure(
     rows = max(1, -(-len(panels) // columns))
     names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
     width = 5.0 * columns if columns > 1 else 6.4
-    beside = max(1, min(4, int(width / (0.6 + 0.07 * max(map(len, names), default=1)))))
+    beside = legend_columns(names, width)
     below = -(-len(names) // beside)
     figure = Figure(figsize=(width, 0.4 + 0.2 * below + 2.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
