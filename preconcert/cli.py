@@ -225,19 +225,31 @@ def evaluate(
     plan: Plan = False,
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
+    fallback: Annotated[
+        Path | None,
+        typer.Option(
+            "--fallback",
+            metavar="RUN",
+            help="A run without messages: agents act as its team would until they have heard something.",
+            show_default=False,
+        ),
+    ] = None,
+    patience: Annotated[int, typer.Option(min=1, help="Steps that agents wait before --fallback.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Judge a run on held-out instances, beside baselines and message controls."""
     from preconcert.config import load_run, override_play
 
     with _quiet():
+        from preconcert.experiments.evaluation import Fallback
         from preconcert.experiments.evaluation import evaluate as judge
         from preconcert.experiments.terminal import ProgressReporter, arms_table
 
         planned, others = _planned(plan, planner, model, greedy, overrides or [])
         changed = override_play(load_run(run), others)
         with ProgressReporter(_console(err=True), keep=False) as reporter:
-            found = judge(run, changed, episodes, seed, greedy, reporter, planned)
+            behind = None if fallback is None else Fallback(fallback, patience)
+            found = judge(run, changed, episodes, seed, greedy, reporter, planned, behind)
     if as_json:
         _print_json(found.to_json())
     else:

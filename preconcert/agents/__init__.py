@@ -3,6 +3,7 @@
 from preconcert.agents.behaviour import Behaviour, behaviour
 from preconcert.agents.channel import Channel, ChannelHarm, ChannelMode, ChannelSettings
 from preconcert.agents.codecs import CodecSettings, SlotsSettings, TurnCodec, codec_of
+from preconcert.agents.fallback import FallbackTeam
 from preconcert.agents.team import AgentSettings, Context, GenerativeTeam, turn_format_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ChannelSettings",
     "CodecSettings",
     "Context",
+    "FallbackTeam",
     "GenerativeTeam",
     "SlotsSettings",
     "TurnCodec",

@@ -1,7 +1,7 @@
 """The work of the cells of experiments `communication` and `channel`: a team is trained, and played through channels.
 
-Parts: `talk_and_judge` (the work), `lengths` (bits counted three ways), `area` (success against bits) and `examples`
-(some of what was said).
+Parts: `talk_and_judge` (the work), `silenced` (a recipe without messages), `lengths` (bits counted three ways), `area`
+(success against bits) and `examples` (some of what was said).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from preconcert.agents import ChannelSettings
-from preconcert.core import Episode, Message, Slot
+from preconcert.agents import ChannelSettings, FallbackTeam, SlotsSettings
+from preconcert.core import Episode, Message, Policy, Slot
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players, heldout_specs, play
 from preconcert.experiments.judgement import LAST, course, curves_of, read_log
+from preconcert.experiments.world_data import share_run, shared_run
 from preconcert.models.entropy_coding import MessageCoder
 from preconcert.training.measures import measure
 from preconcert.training.message_prior import CountPrior, coding_report, slots_of, spoken
@@ -50,7 +51,8 @@ def talk_and_judge(
             bits per message at which success is also measured;
             `fitting`, training instances that the shared prior of messages is counted on; `subjects`, by task the word
             of an observation after which stands what messages are about; `player`, a scripted player in the team's
-            place, which is not trained.
+            place, which is not trained; `patience`, steps after which agents that have heard nothing act as the team
+            would that was trained alike without messages.
         warm_cache: shared warm starts.
         reporter: receives progress.
     """
@@ -60,10 +62,22 @@ def talk_and_judge(
         reporter.stage("held-out play", episodes)
         played = play(specs, ScriptedPolicy(str(options["player"])), recipe.channel, 0, reporter)
         return CellFound({"success_on": rate(played)}, {})
-    run = train(recipe, folder / "run", resume=True, reporter=reporter, warm_cache=warm_cache)
+    patience = options.get("patience")
+    silent: Players | None = None
+    if patience is None:
+        run = train(recipe, folder / "run", resume=True, reporter=reporter, warm_cache=warm_cache)
+    else:
+        run = shared_run(recipe, folder, warm_cache, reporter)
+        without = silenced(recipe)
+        silent = Players(shared_run(without, folder / "silent", warm_cache, reporter), without)
     log = read_log(run / "log.jsonl")
     curves = curves_of(log, recipe)
     players = Players(run, recipe)
+
+    def team_of(greedy: bool = False, warm: bool = False) -> Policy:
+        talking = players.team(greedy, warm)
+        return talking if silent is None else FallbackTeam(talking, silent.team(greedy, warm), int(patience or 0))
+
     talks = recipe.agent.spans.say and bool(players.env.language.message)
     measures = capped(log, recipe)
     notes: dict[str, Any] = {}
@@ -71,12 +85,14 @@ def talk_and_judge(
         if not talks and name not in ("on", "greedy", "warm"):
             continue
         reporter.stage(f"held-out play, {name}", episodes)
-        team = players.team(bool(changed.get("greedy", False)), bool(changed.get("warm", False)))
+        team = team_of(bool(changed.get("greedy", False)), bool(changed.get("warm", False)))
         over = ChannelSettings.model_validate(
             {**recipe.channel.model_dump(), **{key: value for key, value in changed.items() if key not in _OF_TEAMS}}
         )
         played = play(specs, team, over, 0, reporter)
         measures[f"success_{name}"] = rate(played)
+        if isinstance(team, FallbackTeam):
+            measures[f"fallen_back_{name}"] = team.fallen_back / team.decisions
         if name == "on":
             found = measure(played, players.env.language, recipe.agent.spans)
             measures["return_on"] = found.return_mean
@@ -87,7 +103,7 @@ def talk_and_judge(
                     EpisodeSpec(recipe.task, recipe.params, 10_000 + number, "train", number)
                     for number in range(int(options["fitting"]))
                 ]
-                counted = play(train_specs, players.team(), over, 0)
+                counted = play(train_specs, team_of(), over, 0)
                 measures |= lengths(counted, played, players.env.language.message)
                 subject = dict(options.get("subjects", {})).get(recipe.task)
                 notes["messages"] = examples(played, subject)
@@ -96,12 +112,20 @@ def talk_and_judge(
         for cap in options["caps"]:
             reporter.stage(f"held-out play, {cap} bits", episodes)
             over = recipe.channel.model_copy(update={"cap_bits": float(cap)})
-            success = rate(play(specs, players.team(), over, 0, reporter))
+            success = rate(play(specs, team_of(), over, 0, reporter))
             measures[f"success_cap_{cap}"] = success
             points.append((float(cap), success or 0.0))
         measures["area"] = area(points)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # some MB each; the adapters stay
+    share_run(recipe, run, warm_cache, reporter)
     return CellFound(measures | course(curves), curves, notes)
+
+
+def silenced(recipe: Recipe) -> Recipe:
+    """The same without messages, and so without anything wrong with their channel."""
+    spans = recipe.agent.spans.model_copy(update={"say": False})
+    agent = recipe.agent.model_copy(update={"spans": spans, "codec": SlotsSettings()})
+    return recipe.model_copy(update={"agent": agent, "channel": ChannelSettings(), "channels": {}})
 
 
 def capped(log: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, float | None]:

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from preconcert.agents import ChannelMode, ChannelSettings, GenerativeTeam
+from preconcert.agents import ChannelMode, ChannelSettings, FallbackTeam, GenerativeTeam
 from preconcert.agents.planners import PlanningTeam
-from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
+from preconcert.core import ConfigError, Env, Episode, Policy, UnknownNameError, derive_seed
 from preconcert.envs import make_env, task_class, without_rounds
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
@@ -59,6 +59,8 @@ class Who(StrEnum):
     """The main adapter and its past selves, drawn anew for each side of each game."""
     PLANNED = "planned"
     """The team after it, with a planner."""
+    FALLBACK = "fallback"
+    """The team after it, with a silent one for as long as nothing is heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Arm:
         elif self.who is Who.SCRIPTED:
             title = "imperfect script"
         else:
-            title = f"{'warm start' if self.who is Who.WARM else 'trained'}, {'greedy' if self.greedy else 'sampled'}"
+            who = {Who.WARM: "warm start", Who.FALLBACK: "trained with fallback"}.get(self.who, "trained")
+            title = f"{who}, {'greedy' if self.greedy else 'sampled'}"
         if self.channel.mode is not ChannelMode.ON:
             title += f", messages {self.channel.mode.value}"
         title += f", {self.channel.drop:.0%} lost" if self.channel.drop else ""
@@ -105,6 +108,8 @@ class ArmResult:
     """Of the strategy, exactly, where the game is small enough."""
     tokens_per_decision: float | None = None
     """Written by team and world model, where the arm plans."""
+    fallen_back: float | None = None
+    """Share of the turns in which an agent acted as the silent team would, where there is one to fall back on."""
 
     def figures(self) -> dict[str, Any]:
         """As plain values."""
@@ -116,6 +121,7 @@ class ArmResult:
             **asdict(self.measures),
             **({} if self.worth is None else _worth(self.worth)),
             **({} if self.tokens_per_decision is None else {"tokens_per_decision": self.tokens_per_decision}),
+            **({} if self.fallen_back is None else {"fallen_back": self.fallen_back}),
             "wall_s": self.wall_s,
         }
 
@@ -173,6 +179,32 @@ class PlannedPlay(Protocol):
     def team(self, players: Players, run: Path) -> PlanningTeam:
         """The team that plans."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A silent run to fall back on where nothing is heard."""
+
+    run: Path
+    patience: int = 3
+    """Steps that agents wait for a first message."""
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """By key, as an evaluation records them."""
+        return {"fallback": str(self.run), "patience": self.patience}
+
+    def team(self, players: Players, greedy: bool = False) -> FallbackTeam:
+        """A run's trained team, with this one behind it.
+
+        Raises:
+            ConfigError: this run plays another task, or the two do not go together.
+        """
+        held, recipe = load_recipe_of(self.run), players.recipe
+        if held.task != recipe.task:
+            raise ConfigError(f"{str(self.run)!r} plays {held.task!r}, not {recipe.task!r}")
+        silent = Players(self.run, held.model_copy(update={"params": recipe.params}))
+        return FallbackTeam(players.team(greedy), silent.team(greedy), self.patience)
 
 
 class Players:
@@ -236,7 +268,7 @@ class Players:
 
     def worth(self, arm: Arm, game: ExactGame | None) -> GameValue | None:
         """What an arm's strategy is worth, where that can be said."""
-        if game is None or arm.opponent is not None or arm.who is Who.PLANNED:
+        if game is None or arm.opponent is not None or arm.who in (Who.PLANNED, Who.FALLBACK):
             return None
         strategy: Strategy | None
         if arm.who in (Who.RANDOM, Who.SCRIPTED):
@@ -341,6 +373,7 @@ def evaluate(
     greedy: bool = False,
     reporter: Reporter | None = None,
     planner: PlannedPlay | None = None,
+    fallback: Fallback | None = None,
 ) -> Evaluation:
     """Play every arm on the same held-out seeds, measure, and keep the figures under RUN/eval/.
 
@@ -353,12 +386,15 @@ def evaluate(
         greedy: put the greedy arm in front.
         reporter: receives progress.
         planner: adds an arm in which the trained team plans, and puts it in front.
+        fallback: adds an arm in which the trained team has a silent one to fall back on, and puts it in front.
 
     Raises:
-        ConfigError: the run is not finished, or lacks what the planner needs.
+        ConfigError: the run is not finished, or lacks what the planner needs; planner and fallback together.
         ModelError: its model or one of its adapters cannot be loaded.
     """
     reporter = reporter or Silent()
+    if planner is not None and fallback is not None:
+        raise ConfigError("a team that plans has nothing to fall back on: ask for one of the two")
     held = load_recipe_of(run)
     recipe = changed or held
     count = episodes or held.evaluation.episodes
@@ -374,6 +410,9 @@ def evaluate(
     if planner is not None:
         arms.append(Arm(Who.PLANNED.value, Who.PLANNED, recipe.channel))
         main = Who.PLANNED.value
+    if fallback is not None:
+        arms.append(Arm(Who.FALLBACK.value, Who.FALLBACK, recipe.channel, greedy))
+        main = Who.FALLBACK.value
     specs = heldout_specs(recipe, count, seed)
     results: list[ArmResult] = []
     game = exact_game(recipe, players.sides)
@@ -383,11 +422,13 @@ def evaluate(
         started = time.perf_counter()
         cast, watched = players.cast(arm, specs)
         thinker = planner.team(players, run) if planner is not None and arm.who is Who.PLANNED else None
-        played = play(cast, thinker or players.policy(arm), arm.channel, seed, reporter)
+        behind = fallback.team(players, arm.greedy) if fallback is not None and arm.who is Who.FALLBACK else None
+        played = play(cast, thinker or behind or players.policy(arm), arm.channel, seed, reporter)
         tokens = None if thinker is None else thinker.tokens_generated / max(1, thinker.decisions)
         wall = time.perf_counter() - started
         measures = measure(played, players.env.language, recipe.agent.spans, role, watched)
-        results.append(ArmResult(arm, measures, wall, players.worth(arm, game), tokens))
+        fallen = None if behind is None else behind.fallen_back / max(1, behind.decisions)
+        results.append(ArmResult(arm, measures, wall, players.worth(arm, game), tokens, fallen))
     found = Evaluation(
         run=str(run),
         task=recipe.task,
@@ -396,7 +437,11 @@ def evaluate(
         main=main,
         arms=tuple(results),
         no_message_ceiling=no_message_ceiling(recipe),
-        overrides={**differences(held, recipe), **({} if planner is None else planner.overrides)},
+        overrides={
+            **differences(held, recipe),
+            **({} if planner is None else planner.overrides),
+            **({} if fallback is None else fallback.overrides),
+        },
         made={
             "versions": versions(),
             "commit": commit(),
@@ -469,6 +514,6 @@ def _file_name(found: Evaluation, episodes: int | None, greedy: bool) -> str:
 
 
 __all__ = [
-    "Arm", "ArmResult", "Evaluation", "PlannedPlay", "Players", "Who", "differences", "evaluate", "heldout_specs",
-    "no_message_ceiling", "override_arms", "play", "saved_evaluation", "sides_of", "standard_arms",
+    "Arm", "ArmResult", "Evaluation", "Fallback", "PlannedPlay", "Players", "Who", "differences", "evaluate",
+    "heldout_specs", "no_message_ceiling", "override_arms", "play", "saved_evaluation", "sides_of", "standard_arms",
 ]

@@ -4,8 +4,8 @@ Play is mixed from the task's random and scripted players and from a learner's w
 follows from the recipe and the numbers of episodes alone, so all models of a task and seed share it; held-out play is
 the same for all seeds but for the learner's part.
 
-Parts: `Mixture`, `mixed_play`, `imitated_with`, `valued_by`, `shared_run`, `shared_play`, `coverage`, `heldout_cases`,
-`env_at`.
+Parts: `Mixture`, `mixed_play`, `imitated_with`, `valued_by`, `shared_run`, `share_run`, `shared_play`, `coverage`,
+`heldout_cases`, `env_at`.
 """
 
 from __future__ import annotations
@@ -142,8 +142,17 @@ def shared_run(recipe: Recipe, folder: Path, warm_cache: Path, reporter: Reporte
         def make(place: Path) -> None:
             train(recipe, place, reporter=reporter, warm_cache=warm_cache)
 
-        WarmCache(warm_cache).copy(_key("run", {"recipe": recipe.model_dump(mode="json")}), out, make, reporter)
+        WarmCache(warm_cache).copy(_run_key(recipe), out, make, reporter)
     return out
+
+
+def share_run(recipe: Recipe, run: Path, warm_cache: Path, reporter: Reporter) -> None:
+    """Keep a finished run where `shared_run` looks for it. Arguments as there."""
+
+    def make(place: Path) -> None:
+        shutil.copytree(run, place, dirs_exist_ok=True)
+
+    WarmCache(warm_cache).entry(_run_key(recipe), make, reporter)
 
 
 def shared_play(
@@ -225,6 +234,10 @@ def env_at(episode: Episode, step: int) -> Env:
     for at in range(step):
         env.step({agent: mine.turns[at].action for agent, mine in episode.trajectories.items()})
     return env
+
+
+def _run_key(recipe: Recipe) -> str:
+    return _key("run", {"recipe": recipe.model_dump(mode="json")})
 
 
 def _key(kind: str, content: Mapping[str, Any]) -> str:

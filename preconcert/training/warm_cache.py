@@ -133,6 +133,10 @@ class WarmCache:
             make: fills an empty folder. What it raises leaves no entry behind.
             reporter: is told about waiting.
         """
+        shutil.copytree(self.entry(key, make, reporter), out, dirs_exist_ok=True)
+
+    def entry(self, key: str, make: Callable[[Path], None], reporter: Reporter) -> Path:
+        """The folder of an entry, not to be changed; made first if there is none. Arguments as in `copy`."""
         entry = self.folder / key
         if not entry.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,4 +148,4 @@ class WarmCache:
                     beside.mkdir()
                     make(beside)
                     os.replace(beside, entry)
-        shutil.copytree(entry, out, dirs_exist_ok=True)
+        return entry

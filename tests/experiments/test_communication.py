@@ -13,10 +13,10 @@ import pytest
 from preconcert.agents import ChannelSettings, TurnCodec, codec_of
 from preconcert.core import Latent, Message, Slot, Turn, TurnRequest
 from preconcert.envs import make_env
-from preconcert.experiments.channel_study import CHANNEL, channels, worst
+from preconcert.experiments.channel_study import CHANNEL, FALLEN, channels, worst
 from preconcert.experiments.communication import COMMUNICATION, CONTROLS
 from preconcert.experiments.communication_report import pareto
-from preconcert.experiments.communication_work import _worded, area, examples, lengths, talk_and_judge
+from preconcert.experiments.communication_work import _worded, area, examples, lengths, silenced, talk_and_judge
 from preconcert.experiments.experiment import CellResult, Scale, cells_of
 from preconcert.experiments.two_bases import TWO_BASES, mix_and_judge
 from preconcert.training.recipe import Recipe
@@ -167,6 +167,36 @@ def test_the_channel_study_reads_the_worst_case_and_its_targets() -> None:
     assert any("at total erasure" in finding.text for finding in report.findings)
     assert {"erasure_1", "noise_0.3", "delay_4", "cap_0"} <= set(channels("latent"))
     assert "noise_0.3" not in channels("text")
+
+
+@pytest.mark.parametrize("scale", Scale)
+def test_teams_fall_back_on_the_arm_without_messages(scale: Scale) -> None:
+    cells = {(each.task, each.seed, each.arm): each for each in cells_of(CHANNEL, scale)}
+    found = 0
+    for (task, seed, arm), cell in cells.items():
+        if arm in FALLEN:
+            assert silenced(cell.recipe) == cells[task, seed, "none"].recipe
+            assert cell.recipe == cells[task, seed, FALLEN[arm]].recipe
+            found += 1
+    assert found
+
+
+def test_a_team_that_falls_back_shares_the_runs_of_the_others(tmp_path: Path) -> None:
+    cells = {each.arm: each for each in cells_of(CHANNEL, Scale.SMOKE) if each.seed == 0}
+    found = {}
+    warm = tmp_path / "warm"
+    for arm in ("none", "latent"):
+        found[arm] = talk_and_judge(cells[arm].recipe, tmp_path / arm, cells[arm].options, warm, Silent())
+    made = {path.name for path in warm.iterdir()}
+    arm = "latent-fallback"
+    told = talk_and_judge(cells[arm].recipe, tmp_path / arm, cells[arm].options, warm, Silent()).measures
+    assert {path.name for path in warm.iterdir()} == made, "something was trained again"
+    talking = found["latent"].measures
+    assert told["success_on"] == talking["success_on"]
+    assert told["fallen_back_on"] == 0
+    assert told["fallen_back_erasure_1"] > 0
+    assert told["fallen_back_erasure_1"] == told["fallen_back_cap_0"]
+    assert told["success_erasure_1"] == told["success_cap_0"]
 
 
 @pytest.mark.parametrize("arm", ["learned", "latent-1", "oracle"])

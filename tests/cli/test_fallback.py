@@ -1,0 +1,45 @@
+"""`eval --fallback`: a run judged with a silent one behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def silent(recipe_file: Path, run_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("silent") / "run"
+    result = run_command("train", recipe_file, "agent.spans.say=false", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def test_a_run_is_judged_with_another_to_fall_back_on(run: Path, silent: Path, run_command: Command) -> None:
+    words = ("eval", run, "--episodes", 4, "drop=1.0", "--fallback", silent, "--patience", 1)
+    found = json.loads(run_command(*words, "--json").stdout)
+    assert found["arm"] == "fallback"
+    assert found["arms"].keys() >= {"fallback", "trained", "trained-drop1"}
+    assert 0 < found["fallen_back"] < 1
+    assert found["overrides"] == {"channel.drop": 1.0, "fallback": str(silent), "patience": 1}
+    assert found["arms"]["fallback"]["title"] == "trained with fallback, sampled, 100% lost"
+    assert "trained with fallback" in run_command(*words).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--fallback", "{run}"), "writes messages itself"),
+        (("--fallback", "{silent}", "--plan", "--model", "oracle"), "ask for one of the two"),
+        (("--fallback", "nowhere"), "is not a run folder"),
+    ],
+)
+def test_refusals(run: Path, silent: Path, run_command: Command, words: tuple[str, ...], says: str) -> None:
+    result = run_command("eval", run, *(word.format(run=run, silent=silent) for word in words))
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
