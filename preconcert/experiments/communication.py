@@ -36,6 +36,19 @@ def latent(tokens: int, dims: int = 2, levels: int = 4, method: str = "learned")
     return {"type": "latent", "tokens": tokens, "dims": dims, "levels": levels, "method": method}
 
 
+WIDER = {"box-push": 4, "signal": 4}
+"""By task, numbers per vector, where a word is one of more than five: two numbers of four levels, shaken as they are in
+training, tell about four apart."""
+
+
+def vectors(tokens: int, levels: int = 4, method: str = "learned") -> dict[str, Any]:
+    """The overrides of an arm that talks in vectors, for all tasks and for those in `WIDER`."""
+    return {
+        "overrides": {"agent.codec": latent(tokens, levels=levels, method=method)},
+        "on_task": {task: {"agent.codec": latent(tokens, dims, levels, method)} for task, dims in WIDER.items()},
+    }
+
+
 def capped_at(caps: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """By task, a price on messages that holds them to so many bits each."""
     return {task: {"grpo.message_price": {"cap_bits": cap}} for task, cap in caps.items()}
@@ -59,15 +72,14 @@ def arms(
         ExperimentArm(LEARNED, "learned words, tight cap", {"agent.codec": "learned"}, capped_at(tight)),
         ExperimentArm(LOOSE, "learned words, loose cap", {"agent.codec": "learned"}, capped_at(loose), tuple(loose)),
     ]
+    found += [ExperimentArm(f"latent-{k}", f"latent, k = {k}, quantised", **vectors(k)) for k in tokens]
+    # The control of what `speech_weight` and `codec_lr` are for: everything counts the same, learns as fast.
+    heavy = vectors(2)
+    heavy["overrides"] |= {"grpo.speech_weight": 1.0, "grpo.codec_lr": 2.5e-3}
     found += [
-        ExperimentArm(f"latent-{k}", f"latent, k = {k}, quantised", {"agent.codec": latent(k)}) for k in tokens
-    ]
-    found += [
-        ExperimentArm("latent-float", "latent, k = 2, not quantised", {"agent.codec": latent(2, levels=0)}),
+        ExperimentArm("latent-float", "latent, k = 2, not quantised", **vectors(2, levels=0)),
         ExperimentArm(
-            "latent-free",
-            "latent, k = 2, aligned without training",
-            {"agent.codec": latent(2, levels=0, method="aligned")},
+            "latent-free", "latent, k = 2, aligned without training", **vectors(2, levels=0, method="aligned")
         ),
         ExperimentArm(
             PATH,
@@ -75,12 +87,7 @@ def arms(
             {"agent.codec": latent(2), "grpo.speech": "path"},
             tasks=("rendezvous",),
         ),
-        # The control of what `speech_weight` and `codec_lr` are for: everything counts the same, learns as fast.
-        ExperimentArm(
-            HEAVY,
-            "latent, k = 2, quantised, at full weight",
-            {"agent.codec": latent(2), "grpo.speech_weight": 1.0, "grpo.codec_lr": 2.5e-3},
-        ),
+        ExperimentArm(HEAVY, "latent, k = 2, quantised, at full weight", **heavy),
         ExperimentArm(ORACLE, "oracle", options={"player": "expert"}),
     ]
     return tuple(found)
@@ -123,10 +130,11 @@ STANDARD = Plan(
         _task("box-push", 4000, 900, {"iterations": 16, "seeds": 8, "group": 4, "hindsight_weight": 0.1}),
         _task(
             "signal",
-            6000,
-            1000,
+            12000,
+            2000,
             {"iterations": 30, "seeds": 8, "group": 8, "hindsight_weight": 0.1, "bind_action": False},
             agent={"spans": {"intend": False}},
+            latent_start={"steps": 1200},
         ),
     ),
     seeds=5,
@@ -161,7 +169,8 @@ COMMUNICATION = Experiment(
     limits=(
         "The models are starters of about 0.13 million parameters, made from nothing and taught by a script that talks "
         "in the task's words. Vectors are distilled from a team that reads those words.",
-        "Each arm has the same learning rates and as many iterations. Latent arms have a supervised phase more.",
+        "Each arm has the same learning rates and as many iterations. Latent arms have a supervised phase more. On "
+        "`box-push` and `signal` a vector has four numbers, on `rendezvous` two.",
         "On `signal` a message of the task's words is one word, which cannot be shortened: learned words have no cap "
         "there.",
         "Vectors that are aligned without training are the sender's hidden states; the reader is trained like all.",
