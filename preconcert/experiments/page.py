@@ -24,7 +24,7 @@ from preconcert.experiments.figures import inlined, png
 from preconcert.experiments.provenance import commit, machine, versions
 from preconcert.experiments.replay import write_page
 from preconcert.experiments.report import Report
-from preconcert.experiments.schedule import CELLS, ScheduleReporter, run_cells
+from preconcert.experiments.schedule import CELLS, ScheduleReporter, read_cells, run_cells
 from preconcert.training.json_file import write_json
 
 RESULT, NOTES, PAGE, FIGURES = "result.json", "notes.json", "index.html", "figures"
@@ -129,6 +129,7 @@ def carry_out_experiment(
     jobs: int = 1,
     reporter: ScheduleReporter | None = None,
     tasks: Sequence[str] = (),
+    done_only: bool = False,
 ) -> Result:
     """Do what is not yet done of an experiment and write what it says.
 
@@ -143,16 +144,20 @@ def carry_out_experiment(
         jobs: processes at a time.
         reporter: receives progress.
         tasks: by name, some of the plan's; none means all.
+        done_only: do nothing, and write what the cells that are done say; the others are named as not carried out.
 
     Raises:
-        ConfigError: an arm does not fit, there is no such task, or the folder is something else.
+        ConfigError: an arm does not fit, there is no such task, the folder is something else, or no cell is done that
+            could be written about.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / CELLS).is_dir() and not (out / RESULT).is_file():
         raise ConfigError(f"{str(out)!r} is not empty and holds no experiment")
     plan = plan_of(experiment, scale, tasks)
     cells = cells_of(experiment, scale, seeds, tasks)
     unpack_cells(experiment.name, out)
-    found = run_cells(cells, out, jobs, reporter)
+    found = read_cells(cells, out) if done_only else run_cells(cells, out, jobs, reporter)
+    if done_only and all(each.error is not None for each in found):
+        raise ConfigError(f"{str(out)!r} holds no cell of {experiment.name} at scale {scale.value} that is done")
     words = ["preconcert", "experiment", experiment.name, "--scale", scale.value]
     words += [word for task in tasks for word in ("--task", task)]
     words += ["--seeds", str(seeds)] if seeds else []

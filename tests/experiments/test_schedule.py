@@ -149,6 +149,20 @@ def test_a_published_result_is_gone_on_with(tmp_path: Path) -> None:
         carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "b")
 
 
+def test_the_page_of_what_is_done_so_far(tmp_path: Path) -> None:
+    chosen = experiment(1, 3)  # of which one fails
+    with pytest.raises(ConfigError, match="holds no cell of quick at scale smoke"):
+        carry_out_experiment(chosen, Scale.SMOKE, tmp_path / "new", done_only=True)
+    carry_out_experiment(chosen, Scale.SMOKE, tmp_path)
+    calls = {each: each.read_text() for each in tmp_path.glob("cells/*/calls.txt")}
+    so_far = carry_out_experiment(chosen, Scale.SMOKE, tmp_path, seeds=2, done_only=True)
+    assert {each: each.read_text() for each in tmp_path.glob("cells/*/calls.txt")} == calls, "something was carried out"
+    said = [(each.cell.seed, each.error == "not carried out", each.error is None) for each in so_far.cells]
+    assert said == [(0, False, True), (0, False, False), (1, True, False), (1, True, False)]
+    assert "not carried out" in (tmp_path / "index.html").read_text()
+    assert len(json.loads((tmp_path / "result.json").read_text())["cells_failed"]) == 3
+
+
 def test_some_tasks_alone(tmp_path: Path) -> None:
     arms = (ExperimentArm("both", "both", {"grpo.epochs": 1}), ExperimentArm("one", "one", tasks=("meet",)))
     other = replace(TASK, name="meet again")
