@@ -67,7 +67,8 @@ def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> No
     if file.is_file():
         if not resume and rank == 0:
             raise ConfigError(f"{str(out)!r} already holds a run; use --resume to go on, --fresh to start over")
-        held = json.loads(file.read_text())
+        # A section that there was not yet when the run began is off by default.
+        held = json.loads(Recipe(task=recipe.task).model_dump_json()) | json.loads(file.read_text())
         for key in sorted((set(held) | set(wanted)) - {"rollout"}):
             if held.get(key) != wanted.get(key):
                 raise ConfigError(

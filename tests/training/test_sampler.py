@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from preconcert.agents import ChannelHarm
 from preconcert.core import ConfigError, dump_episode, load_episodes
 from preconcert.models import LoraSettings, TransformersModel
 from preconcert.training import sampler
@@ -161,6 +162,17 @@ def test_a_run_goes_on_with_another_server(tmp_path: Path) -> None:
     moved = recipe.model_copy(update={"rollout": RolloutSettings(url="http://127.0.0.1:8001")})
     prepare_folder(moved, tmp_path / "run", resume=True)
     assert load_recipe_of(tmp_path / "run") == moved
+
+
+def test_a_run_goes_on_that_began_before_there_was_a_section(tmp_path: Path) -> None:
+    recipe, file = recipe_of(iterations=2), tmp_path / "run" / "recipe.json"
+    prepare_folder(recipe, tmp_path / "run", resume=False)
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in held.items() if key != "channels"}))
+    prepare_folder(recipe, tmp_path / "run", resume=True)
+    other = recipe.model_copy(update={"channels": {"dead": ChannelHarm(drop=1.0)}})
+    with pytest.raises(ConfigError, match="holds a run with channels="):
+        prepare_folder(other, tmp_path / "run", resume=True)
 
 
 def test_processes_share_a_server() -> None:
