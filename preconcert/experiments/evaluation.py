@@ -413,6 +413,9 @@ def evaluate(
     if fallback is not None:
         arms.append(Arm(Who.FALLBACK.value, Who.FALLBACK, recipe.channel, greedy))
         main = Who.FALLBACK.value
+    # Made before anything is played: what is wrong with them is said at once.
+    thinker = None if planner is None else planner.team(players, run)
+    behind = None if fallback is None else fallback.team(players, greedy)
     specs = heldout_specs(recipe, count, seed)
     results: list[ArmResult] = []
     game = exact_game(recipe, players.sides)
@@ -421,13 +424,15 @@ def evaluate(
         reporter.stage(arm.title, count)
         started = time.perf_counter()
         cast, watched = players.cast(arm, specs)
-        thinker = planner.team(players, run) if planner is not None and arm.who is Who.PLANNED else None
-        behind = fallback.team(players, arm.greedy) if fallback is not None and arm.who is Who.FALLBACK else None
-        played = play(cast, thinker or behind or players.policy(arm), arm.channel, seed, reporter)
-        tokens = None if thinker is None else thinker.tokens_generated / max(1, thinker.decisions)
+        special = {Who.PLANNED: thinker, Who.FALLBACK: behind}.get(arm.who)
+        played = play(cast, special or players.policy(arm), arm.channel, seed, reporter)
+        tokens = fallen = None
+        if thinker is not None and special is thinker:
+            tokens = thinker.tokens_generated / max(1, thinker.decisions)
+        if behind is not None and special is behind:
+            fallen = behind.fallen_back / max(1, behind.decisions)
         wall = time.perf_counter() - started
         measures = measure(played, players.env.language, recipe.agent.spans, role, watched)
-        fallen = None if behind is None else behind.fallen_back / max(1, behind.decisions)
         results.append(ArmResult(arm, measures, wall, players.worth(arm, game), tokens, fallen))
     found = Evaluation(
         run=str(run),
