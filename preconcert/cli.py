@@ -241,15 +241,17 @@ def evaluate(
     from preconcert.config import load_run, override_play
 
     with _quiet():
-        from preconcert.experiments.evaluation import Fallback
         from preconcert.experiments.evaluation import evaluate as judge
+        from preconcert.experiments.fallback import Fallback
         from preconcert.experiments.terminal import ProgressReporter, arms_table
 
         planned, others = _planned(plan, planner, model, greedy, overrides or [])
+        if planned is not None and fallback is not None:
+            raise ConfigError("a team that plans has nothing to fall back on: take --plan or --fallback")
         changed = override_play(load_run(run), others)
         with ProgressReporter(_console(err=True), keep=False) as reporter:
             behind = None if fallback is None else Fallback(fallback, patience)
-            found = judge(run, changed, episodes, seed, greedy, reporter, planned, behind)
+            found = judge(run, changed, episodes, seed, greedy, reporter, planned or behind)
     if as_json:
         _print_json(found.to_json())
     else:

@@ -21,7 +21,7 @@ import numpy as np
 
 from preconcert.agents import ChannelMode, ChannelSettings, FallbackTeam, GenerativeTeam
 from preconcert.agents.planners import PlanningTeam
-from preconcert.core import ConfigError, Env, Episode, Policy, UnknownNameError, derive_seed
+from preconcert.core import Env, Episode, Policy, UnknownNameError, derive_seed
 from preconcert.envs import make_env, task_class, without_rounds
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
@@ -168,43 +168,22 @@ class Evaluation:
         }
 
 
-class PlannedPlay(Protocol):
-    """How a run's team plans."""
+class SpecialPlay(Protocol):
+    """A run's trained team with something around it: a planner, or another team to fall back on."""
+
+    @property
+    def who(self) -> Who:
+        """What its arm is called."""
+        ...
 
     @property
     def overrides(self) -> Mapping[str, Any]:
-        """The planner's settings by dotted key."""
+        """Its settings by dotted key, as an evaluation records them."""
         ...
 
-    def team(self, players: Players, run: Path) -> PlanningTeam:
-        """The team that plans."""
+    def team(self, players: Players, run: Path, greedy: bool = False) -> PlanningTeam | FallbackTeam:
+        """Who plays."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Fallback:
-    """A silent run to fall back on where nothing is heard."""
-
-    run: Path
-    patience: int = 3
-    """Steps that agents wait for a first message."""
-
-    @property
-    def overrides(self) -> Mapping[str, Any]:
-        """By key, as an evaluation records them."""
-        return {"fallback": str(self.run), "patience": self.patience}
-
-    def team(self, players: Players, greedy: bool = False) -> FallbackTeam:
-        """A run's trained team, with this one behind it.
-
-        Raises:
-            ConfigError: this run plays another task, or the two do not go together.
-        """
-        held, recipe = load_recipe_of(self.run), players.recipe
-        if held.task != recipe.task:
-            raise ConfigError(f"{str(self.run)!r} plays {held.task!r}, not {recipe.task!r}")
-        silent = Players(self.run, held.model_copy(update={"params": recipe.params}))
-        return FallbackTeam(players.team(greedy), silent.team(greedy), self.patience)
 
 
 class Players:
@@ -372,8 +351,7 @@ def evaluate(
     seed: int = 0,
     greedy: bool = False,
     reporter: Reporter | None = None,
-    planner: PlannedPlay | None = None,
-    fallback: Fallback | None = None,
+    special: SpecialPlay | None = None,
 ) -> Evaluation:
     """Play every arm on the same held-out seeds, measure, and keep the figures under RUN/eval/.
 
@@ -385,16 +363,13 @@ def evaluate(
         seed: of the task instances and of every choice.
         greedy: put the greedy arm in front.
         reporter: receives progress.
-        planner: adds an arm in which the trained team plans, and puts it in front.
-        fallback: adds an arm in which the trained team has a silent one to fall back on, and puts it in front.
+        special: adds an arm in which the trained team plans, or has another to fall back on, and puts it in front.
 
     Raises:
-        ConfigError: the run is not finished, or lacks what the planner needs; planner and fallback together.
+        ConfigError: the run is not finished, or lacks what `special` needs.
         ModelError: its model or one of its adapters cannot be loaded.
     """
     reporter = reporter or Silent()
-    if planner is not None and fallback is not None:
-        raise ConfigError("a team that plans has nothing to fall back on: ask for one of the two")
     held = load_recipe_of(run)
     recipe = changed or held
     count = episodes or held.evaluation.episodes
@@ -407,15 +382,11 @@ def evaluate(
     arms += [arm for arm in extra if (arm.who, arm.channel, arm.greedy) not in known]
     wanted = (Who.TRAINED, recipe.channel, greedy)
     main = next(arm.name for arm in arms if arm.opponent is None and (arm.who, arm.channel, arm.greedy) == wanted)
-    if planner is not None:
-        arms.append(Arm(Who.PLANNED.value, Who.PLANNED, recipe.channel))
-        main = Who.PLANNED.value
-    if fallback is not None:
-        arms.append(Arm(Who.FALLBACK.value, Who.FALLBACK, recipe.channel, greedy))
-        main = Who.FALLBACK.value
-    # Made before anything is played: what is wrong with them is said at once.
-    thinker = None if planner is None else planner.team(players, run)
-    behind = None if fallback is None else fallback.team(players, greedy)
+    # Made before anything is played: what is wrong with it is said at once.
+    thinker = None if special is None else special.team(players, run, greedy)
+    if special is not None:
+        main = special.who.value
+        arms.append(Arm(main, special.who, recipe.channel, greedy))
     specs = heldout_specs(recipe, count, seed)
     results: list[ArmResult] = []
     game = exact_game(recipe, players.sides)
@@ -424,13 +395,14 @@ def evaluate(
         reporter.stage(arm.title, count)
         started = time.perf_counter()
         cast, watched = players.cast(arm, specs)
-        special = {Who.PLANNED: thinker, Who.FALLBACK: behind}.get(arm.who)
-        played = play(cast, special or players.policy(arm), arm.channel, seed, reporter)
+        policy = thinker if special is not None and arm.who is special.who else players.policy(arm)
+        assert policy is not None
+        played = play(cast, policy, arm.channel, seed, reporter)
         tokens = fallen = None
-        if thinker is not None and special is thinker:
-            tokens = thinker.tokens_generated / max(1, thinker.decisions)
-        if behind is not None and special is behind:
-            fallen = behind.fallen_back / max(1, behind.decisions)
+        if isinstance(policy, PlanningTeam):
+            tokens = policy.tokens_generated / max(1, policy.decisions)
+        if isinstance(policy, FallbackTeam):
+            fallen = policy.fallen_back / max(1, policy.decisions)
         wall = time.perf_counter() - started
         measures = measure(played, players.env.language, recipe.agent.spans, role, watched)
         results.append(ArmResult(arm, measures, wall, players.worth(arm, game), tokens, fallen))
@@ -442,11 +414,7 @@ def evaluate(
         main=main,
         arms=tuple(results),
         no_message_ceiling=no_message_ceiling(recipe),
-        overrides={
-            **differences(held, recipe),
-            **({} if planner is None else planner.overrides),
-            **({} if fallback is None else fallback.overrides),
-        },
+        overrides={**differences(held, recipe), **({} if special is None else special.overrides)},
         made={
             "versions": versions(),
             "commit": commit(),
@@ -519,6 +487,6 @@ def _file_name(found: Evaluation, episodes: int | None, greedy: bool) -> str:
 
 
 __all__ = [
-    "Arm", "ArmResult", "Evaluation", "Fallback", "PlannedPlay", "Players", "Who", "differences", "evaluate",
-    "heldout_specs", "no_message_ceiling", "override_arms", "play", "saved_evaluation", "sides_of", "standard_arms",
+    "Arm", "ArmResult", "Evaluation", "Players", "SpecialPlay", "Who", "differences", "evaluate", "heldout_specs",
+    "no_message_ceiling", "override_arms", "play", "saved_evaluation", "sides_of", "standard_arms",
 ]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from preconcert.agents.planners import PLANNERS, PlannerSettings, PlanningTeam
 from preconcert.core import ConfigError, Rehearsing, UnknownNameError, WorldModel, nearest
-from preconcert.experiments.evaluation import Players
+from preconcert.experiments.evaluation import Players, Who
 from preconcert.training.world_stage import load_world_model
 from preconcert.world_models import OracleValue, OracleWorldModel, ShuffledWorldModel
 
@@ -43,13 +43,18 @@ class Planned:
     world: WorldKind = WorldKind.TOKEN
 
     @property
+    def who(self) -> Who:
+        """What its arm is called."""
+        return Who.PLANNED
+
+    @property
     def overrides(self) -> Mapping[str, Any]:
         """By dotted key, as an evaluation records them."""
         changed = self.settings.model_dump(mode="json", exclude_defaults=True)
         return {"plan": self.settings.type, "model": self.world.value, **{PREFIX + k: v for k, v in changed.items()}}
 
-    def team(self, players: Players, run: Path) -> PlanningTeam:
-        """A run's team that plans."""
+    def team(self, players: Players, run: Path, greedy: bool = False) -> PlanningTeam:
+        """A run's team that plans; it samples what it weighs, so `greedy` changes nothing."""
         return planning_team(players, run, self)
 
 

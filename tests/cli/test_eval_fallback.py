@@ -35,7 +35,7 @@ def test_a_run_is_judged_with_another_to_fall_back_on(run: Path, silent: Path, r
     ("words", "says"),
     [
         (("--fallback", "{run}"), "writes messages itself"),
-        (("--fallback", "{silent}", "--plan", "--model", "oracle"), "ask for one of the two"),
+        (("--fallback", "{silent}", "--plan", "--model", "oracle"), "take --plan or --fallback"),
         (("--fallback", "nowhere"), "is not a run folder"),
     ],
 )
