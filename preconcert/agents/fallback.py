@@ -51,23 +51,11 @@ class FallbackTeam:
             )
         self.talking, self.silent = talking, silent
         self.patience = patience
+        self.version = talking.version
         self.decisions = 0
         """Turns decided so far."""
         self.fallen_back = 0
         """Turns of them in which an agent acted as the silent team would."""
-
-    @property
-    def version(self) -> int:
-        """That of the talking team."""
-        return self.talking.version
-
-    @version.setter
-    def version(self, value: int) -> None:
-        self.talking.version = value
-
-    def version_of(self, adapter: str) -> int:
-        """Number of updates behind an adapter of the talking team."""
-        return self.talking.version_of(adapter)
 
     def deaf(self, request: TurnRequest) -> bool:
         """Has an agent waited long enough without having heard anything?"""

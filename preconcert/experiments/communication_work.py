@@ -76,7 +76,9 @@ def talk_and_judge(
 
     def team_of(greedy: bool = False, warm: bool = False) -> Policy:
         talking = players.team(greedy, warm)
-        return talking if silent is None else FallbackTeam(talking, silent.team(greedy, warm), int(patience or 0))
+        if silent is None or patience is None:
+            return talking
+        return FallbackTeam(talking, silent.team(greedy, warm), int(patience))
 
     talks = recipe.agent.spans.say and bool(players.env.language.message)
     measures = capped(log, recipe)

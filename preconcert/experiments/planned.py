@@ -54,7 +54,13 @@ class Planned:
         return {"plan": self.settings.type, "model": self.world.value, **{PREFIX + k: v for k, v in changed.items()}}
 
     def team(self, players: Players, run: Path, greedy: bool = False) -> PlanningTeam:
-        """A run's team that plans; it samples what it weighs, so `greedy` changes nothing."""
+        """A run's team that plans.
+
+        Raises:
+            ConfigError: greedily, or the run has no world model of its own.
+        """
+        if greedy:
+            raise ConfigError("a team that plans weighs turns that are sampled: it cannot be judged greedily")
         return planning_team(players, run, self)
 
 

@@ -10,6 +10,9 @@ import pytest
 from typer.testing import Result
 
 from preconcert.agents.planners import PLANNERS
+from preconcert.core import ConfigError
+from preconcert.experiments.evaluation import evaluate
+from preconcert.experiments.planned import Planned, WorldKind
 
 Command = Callable[..., Result]
 SMALL = ("planner.candidates=4", "planner.horizon=2")
@@ -75,3 +78,9 @@ def test_a_run_is_judged_with_and_without_a_planner(run: Path, run_command: Comm
         "plan": "best-of-k", "model": "oracle", "planner.candidates": 4, "planner.horizon": 2,
     }  # fmt: skip
     assert "trained, planned" in run_command(*words).stdout
+
+
+def test_a_team_that_plans_is_not_judged_greedily(run: Path) -> None:
+    planned = Planned(PLANNERS["best-of-k"](), WorldKind.ORACLE)
+    with pytest.raises(ConfigError, match="cannot be judged greedily"):
+        evaluate(run, episodes=1, greedy=True, special=planned)
