@@ -29,6 +29,7 @@ from preconcert import __version__
 from preconcert.core import ConfigError, EnvError, PreconcertError, UnknownNameError
 
 if TYPE_CHECKING:
+    from preconcert.experiments.evaluation import SpecialPlay
     from preconcert.experiments.planned import Planned
     from preconcert.experiments.replay import Replay
     from preconcert.training.recipe import Recipe
@@ -106,7 +107,16 @@ PlannerKind = Annotated[str, typer.Option("--planner", help="The search of --pla
 WorldModelKind = Annotated[
     str, typer.Option("--model", help="What --plan imagines with: token (the run's own), oracle or shuffled.")
 ]
-
+FallbackRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--fallback",
+        metavar="RUN",
+        help="A run without messages: agents act as its team would until they have heard something.",
+        show_default=False,
+    ),
+]
+Patience = Annotated[int, typer.Option(min=1, help="Steps that agents wait before --fallback.")]
 
 ApiKey = Annotated[
     str | None,
@@ -225,16 +235,8 @@ def evaluate(
     plan: Plan = False,
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
-    fallback: Annotated[
-        Path | None,
-        typer.Option(
-            "--fallback",
-            metavar="RUN",
-            help="A run without messages: agents act as its team would until they have heard something.",
-            show_default=False,
-        ),
-    ] = None,
-    patience: Annotated[int, typer.Option(min=1, help="Steps that agents wait before --fallback.")] = 3,
+    fallback: FallbackRun = None,
+    patience: Patience = 3,
     as_json: AsJson = False,
 ) -> None:
     """Judge a run on held-out instances, beside baselines and message controls."""
@@ -242,16 +244,13 @@ def evaluate(
 
     with _quiet():
         from preconcert.experiments.evaluation import evaluate as judge
-        from preconcert.experiments.fallback import Fallback
         from preconcert.experiments.terminal import ProgressReporter, arms_table
 
         planned, others = _planned(plan, planner, model, greedy, overrides or [])
-        if planned is not None and fallback is not None:
-            raise ConfigError("a team that plans has nothing to fall back on: take --plan or --fallback")
+        special = _special(planned, fallback, patience)
         changed = override_play(load_run(run), others)
         with ProgressReporter(_console(err=True), keep=False) as reporter:
-            behind = None if fallback is None else Fallback(fallback, patience)
-            found = judge(run, changed, episodes, seed, greedy, reporter, planned or behind)
+            found = judge(run, changed, episodes, seed, greedy, reporter, special)
     if as_json:
         _print_json(found.to_json())
     else:
@@ -270,6 +269,8 @@ def play(
     plan: Plan = False,
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
+    fallback: FallbackRun = None,
+    patience: Patience = 3,
     server: Annotated[
         str | None,
         typer.Option("--server", metavar="URL", help="Ask the team of a running `serve`.", show_default=False),
@@ -285,6 +286,8 @@ def play(
         planned, others = _planned(plan, planner, model, greedy, own)
         if others:
             raise ConfigError(f"--server plays what it serves; {others[0]!r} goes to `preconcert serve`")
+        if fallback is not None:
+            raise ConfigError("--server plays the team that it serves; --fallback is for runs in a folder")
         _play_remotely(server, api_key, seed, greedy, planned, as_json)
         return
     if run is None:
@@ -293,12 +296,23 @@ def play(
         from preconcert.experiments.terminal import episode_view
 
         planned, others = _planned(plan, planner, model, greedy, overrides or [])
+        special = _special(planned, fallback, patience)
         recipe = override_play(load_run(run), others)
-        replay = _replays(run, recipe, [seed], seed, greedy, planned)[0]
+        replay = _replays(run, recipe, [seed], seed, greedy, special)[0]
     if as_json:
         how = None if planned is None else {**planned.settings.model_dump(mode="json"), "model": planned.world.value}
+        behind = None if fallback is None else {"run": str(fallback), "patience": patience}
         channel = recipe.channel.model_dump(mode="json")
-        _print_json({"run": str(run), "greedy": greedy, "channel": channel, "planner": how, **replay.to_json()})
+        _print_json(
+            {
+                "run": str(run),
+                "greedy": greedy,
+                "channel": channel,
+                "planner": how,
+                "fallback": behind,
+                **replay.to_json(),
+            }
+        )
     else:
         console = _console()
         console.print(episode_view(replay, console.width))
@@ -317,6 +331,8 @@ def watch(
     plan: Plan = False,
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
+    fallback: FallbackRun = None,
+    patience: Patience = 3,
 ) -> None:
     """Write a page that replays held-out episodes; one file that loads nothing."""
     from preconcert.config import load_run, override_play
@@ -327,9 +343,10 @@ def watch(
         from preconcert.experiments.replay import headline, page, write_page
 
         planned, others = _planned(plan, planner, model, greedy, overrides or [])
+        special = _special(planned, fallback, patience)
         recipe = override_play(load_run(run), others)
         seeds = [spec.seed for spec in heldout_specs(recipe, episodes, seed)]
-        replays = _replays(run, recipe, seeds, seed, greedy, planned)
+        replays = _replays(run, recipe, seeds, seed, greedy, special)
         ceiling = no_message_ceiling(recipe)
         figures, note = headline(saved_evaluation(run), ceiling)
         params = ", ".join(f"{key} {value}" for key, value in recipe.params.items())
@@ -339,7 +356,7 @@ def watch(
             ("agents", ", ".join(replays[0].agents)),
             ("parameters", params or "defaults"),
             ("seed", str(recipe.seed)),
-            ("decisions", _decisions(greedy, planned)),
+            ("decisions", _decisions(greedy, planned, fallback)),
             *([("played with", ", ".join(others))] if others else []),
         ]
         curve = read_curve(run / "log.jsonl", ceiling)
@@ -762,19 +779,31 @@ def _planned(
     return Planned(planner_settings(planner, values), WorldKind(model)), others
 
 
-def _decisions(greedy: bool, planned: Planned | None) -> str:
-    if planned is None:
-        return "greedy" if greedy else "sampled"
-    return f"planned, {planned.settings.type} with the {planned.world.value} model"
+def _special(planned: Planned | None, fallback: Path | None, patience: int) -> SpecialPlay | None:
+    """What is put around a run's team: a planner, a silent run to fall back on, or nothing."""
+    from preconcert.experiments.fallback import Fallback
+
+    if fallback is None:
+        return planned
+    if planned is not None:
+        raise ConfigError("a team that plans has nothing to fall back on: take --plan or --fallback")
+    return Fallback(fallback, patience)
+
+
+def _decisions(greedy: bool, planned: Planned | None, fallback: Path | None) -> str:
+    if planned is not None:
+        return f"planned, {planned.settings.type} with the {planned.world.value} model"
+    behind = "" if fallback is None else f"; as {fallback} where nothing is heard"
+    return ("greedy" if greedy else "sampled") + behind
 
 
 def _replays(
-    run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: bool, planned: Planned | None = None
+    run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: bool, special: SpecialPlay | None
 ) -> list[Replay]:
     """Play held-out instances and lay them out for reading."""
     from preconcert.agents import ChannelMode
     from preconcert.experiments.evaluation import Players, heldout_specs, play
-    from preconcert.experiments.planned import planning_team
+    from preconcert.experiments.planned import Planned, WorldKind
     from preconcert.experiments.replay import replay_of
     from preconcert.training.rollout import EpisodeSpec
 
@@ -782,9 +811,9 @@ def _replays(
     specs = [EpisodeSpec(recipe.task, recipe.params, each, "heldout") for each in seeds]
     if recipe.channel.mode in (ChannelMode.SHUFFLED, ChannelMode.RANDOM):  # they look at the messages of others
         specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in seeds]
-    if planned is not None and planned.world.value == "shuffled":  # nor with answers
+    if isinstance(special, Planned) and special.world is WorldKind.SHUFFLED:  # nor with answers
         specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in {each.seed for each in specs}]
-    policy = players.team(greedy) if planned is None else planning_team(players, run, planned)
+    policy = players.team(greedy) if special is None else special.team(players, run, greedy)
     return [replay_of(each) for each in play(specs, policy, recipe.channel, seed)[: len(seeds)]]
 
 

@@ -1,10 +1,11 @@
-"""`eval --fallback`: a run judged with a silent one behind it."""
+"""`--fallback`: a run judged and shown with a silent one behind it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import Result
@@ -29,6 +30,28 @@ def test_a_run_is_judged_with_another_to_fall_back_on(run: Path, silent: Path, r
     assert found["overrides"] == {"channel.drop": 1.0, "fallback": str(silent), "patience": 1}
     assert found["arms"]["fallback"]["title"] == "trained with fallback, sampled, 100% lost"
     assert "trained with fallback" in run_command(*words).stdout
+
+
+def test_an_episode_and_the_page_show_who_acted(run: Path, silent: Path, run_command: Command, tmp_path: Path) -> None:
+    def shown(*words: object) -> dict[str, Any]:
+        return json.loads(run_command("play", run, "drop=1.0", *words, "--json").stdout)
+
+    words = ("--fallback", silent, "--patience")
+    alone, soon, late = shown(), shown(*words, 1), shown(*words, 99)
+    assert alone["fallback"] is None
+    assert soon["fallback"] == {"run": str(silent), "patience": 1}
+    assert late["frames"] == alone["frames"]
+    assert soon["frames"][0] == alone["frames"][0], "nobody can have heard anything yet"
+    assert soon["frames"] != alone["frames"]
+    file = tmp_path / "page.html"
+    assert run_command("watch", run, "drop=1.0", *words, 1, "--episodes", 2, "--out", file).exit_code == 0
+    assert f"as {silent} where nothing is heard" in file.read_text()
+
+
+def test_a_service_plays_its_own_team(silent: Path, run_command: Command) -> None:
+    result = run_command("play", "--server", "http://127.0.0.1:9", "--fallback", silent)
+    assert result.exit_code == 2
+    assert "--fallback is for runs in a folder" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
