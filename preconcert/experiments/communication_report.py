@@ -225,16 +225,22 @@ def _near(plan: Plan, readings: Readings, task: str) -> Finding:
     if raw is None or raw_bits is None:
         return Finding(f"{target}Not judged: no figures of that observation{_short(readings, RAW, task)}.", False)
     good, sure = list[str](), list[str]()
+    dear: list[tuple[float, str]] = []
     for name in learned_arms(plan):
         compared = readings.compare(name, RAW, _SUCCESS, task)
         success = readings.estimate(name, _SUCCESS, task)
         bits = readings.estimate(name, measure_named("bits_raw"), task, mean)
-        if success is None or bits is None or compared is None or bits.value > QUARTER * raw_bits.value:
+        if success is None or bits is None or compared is None or success.value < raw.value - MARGIN:
             continue
-        if success.value >= raw.value - MARGIN:
-            good.append(f"{name} ({success.value:.2f} with {bits.value:.0f} bits{_short(readings, name, task)})")
-            sure += [name] if compared.difference.low >= -MARGIN and compared.difference.count > 1 else []
-    what = "; ".join(good) if good else "none"
+        said = f"{name} ({success.value:.2f} with {bits.value:.0f} bits{_short(readings, name, task)})"
+        share = bits.value / raw_bits.value
+        if share > QUARTER:
+            dear.append((share, said))
+            continue
+        good.append(said)
+        sure += [name] if compared.difference.low >= -MARGIN and compared.difference.count > 1 else []
+    nearest = f"none; as good, and cheapest: {min(dear)[1]}, {min(dear)[0]:.3f} of the bits" if dear else "none"
+    what = "; ".join(good) if good else nearest
     surely = f" With the whole interval of the paired difference: {', '.join(sure) or 'none'}."
     return Finding(
         f"{target}{'Met' if good else 'Not met'}: {what}, against {raw.value:.2f} with {raw_bits.value:.0f} bits."
@@ -264,7 +270,8 @@ def _clear(plan: Plan, readings: Readings, task: str) -> Finding:
 
 def _causal(plan: Plan, readings: Readings, task: str) -> Finding:
     """What shuffling costs."""
-    losses = {name: _relative_loss(readings, name, task) for name in (RAW, *learned_arms(plan))}
+    here = [arm.name for arm in plan.arms if not arm.tasks or task in arm.tasks]
+    losses = {name: _relative_loss(readings, name, task) for name in (RAW, *learned_arms(plan)) if name in here}
     weak = [
         f"{name} ({'no value' if lost is None else f'{lost.value:.2f}'})"
         for name, lost in losses.items()

@@ -96,12 +96,20 @@ def test_communication_says_its_targets(tmp_path: Any) -> None:
     assert "more (40 against 20 bits" in texts[0]
     assert any("rendezvous. Target: a learned arm within 3 points" in text and "Met: learned" in text for text in texts)
     assert not any("Met" in text and "latent-1 (" in text and "quarter" in text for text in texts)
-    assert any("shuffling costs at least 20%" in text and "Met by every arm" in text for text in texts)
+    causal = [text for text in texts if "shuffling costs at least 20%" in text]
+    assert len(causal) == 3
+    assert all("Met by every arm" in text for text in causal), "arms of other tasks are not missed"
     assert any(table.name == "words-rendezvous" for table in report.tables)
     assert any("signal. Target: the observation in words and a learned arm clear" in text for text in texts)
     assert any("learned words meet their cap" in text and "Not met, by seed: 3.40, 3.41" in text for text in texts)
     assert any("vectors over their supervised start" in text and ". Met: latent-1 on" in text for text in texts)
     assert not any("latent-free" in text for text in texts[1:]), "nothing is learned there"
+    for each in cells:
+        if each.cell.arm == "raw-state":
+            each.measures["bits_raw"] = 60.0  # type: ignore[index]
+    texts = [each.text for each in COMMUNICATION.report(COMMUNICATION.plans[Scale.STANDARD], cells).findings]
+    said = next(text for text in texts if text.startswith("rendezvous. Target: a learned arm within"))
+    assert "Not met: none; as good, and cheapest: learned (0.92 with 20 bits), 0.334 of the bits, against" in said
 
 
 def test_a_target_without_figures_is_not_met() -> None:
