@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "preconcert"
 
 BELOW_TRAINING = {"core", "prompts", "envs", "models", "world_models", "agents"}
 BELOW_EXPERIMENTS = BELOW_TRAINING | {"training"}
-EVERYTHING = BELOW_EXPERIMENTS | {"experiments", "serving", "cli", "config"}
+COMMANDS = {"cli", "cli_checks", "cli_options", "cli_runs", "cli_show", "cli_text"}
+EVERYTHING = BELOW_EXPERIMENTS | COMMANDS | {"experiments", "serving", "config"}
 
 MAY_IMPORT = {
     "__init__": {"core"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "training": BELOW_TRAINING,
     "experiments": BELOW_EXPERIMENTS,
     "serving": BELOW_EXPERIMENTS,
-    "cli": EVERYTHING,
+    **dict.fromkeys(COMMANDS, EVERYTHING),
     "config": EVERYTHING,
     "__main__": EVERYTHING,
 }
