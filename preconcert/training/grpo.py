@@ -21,7 +21,6 @@ iteration's steps). Where agents share an adapter, `gradient_share/AGENT` says w
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,22 +32,23 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from preconcert.core import TrainingError, derive_seed
+from preconcert.core import TrainingError
 from preconcert.models import AdapterRoute, Fills, add_constrained_head
 from preconcert.models.latents import CODECS, load_codec, save_codec
 from preconcert.training.batch import collate
 from preconcert.training.checkpoint_marker import write_marker
+from preconcert.training.gradient_shares import GradientShares, adapter_parameters, set_trainable
 from preconcert.training.grpo_rollout import Rollout, RolloutSource
 from preconcert.training.rows import GrammarTable, trained_tokens
+from preconcert.training.sequential import Cut, Schedule
 from preconcert.training.speech_loss import codecs_of, fills_of, pathwise_values, query_columns, speech_loss
 from preconcert.training.update import (
     Order,
     RatioLevel,
     UpdateSettings,
-    agent_order,
     approximate_kl,
-    compounding,
     importance_weights,
+    policy_mask,
     turn_level,
     turn_weights,
 )
@@ -136,17 +136,13 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         self._present: dict[str, Any] | None = None
         self._logps: torch.Tensor | None = None
         self._table_tensors: tuple[int, torch.Tensor, torch.Tensor] | None = None
-        self._schedule: list[tuple[str, dict[str, Any]]] = []
-        self._owned: dict[str, list[str]] = {}
-        self._log_factor = torch.zeros(0)
+        self._schedule = Schedule()
         self._stopped = False
         self._raw_logps: torch.Tensor | None = None
         self._states: torch.Tensor | None = None
         self._fills: Fills | None = None
         self._skipped: set[int] = set()
-        self._squares: defaultdict[str, float] = defaultdict(float)
-        self._squares_by_agent: defaultdict[str, float] = defaultdict(float)
-        self._largest = 0.0
+        self._gradients = GradientShares(trainable, agents)
         self._only: torch.Tensor | None = None
         self._to_take_apart: dict[str, Any] | None = None
         set_trainable(model, self.trainable)
@@ -204,7 +200,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             self._correct(batch, self.update.correction)
         if self.update.ratio is RatioLevel.TURN and self.loss_type == "grpo":
             # A mean over a row's tokens would let long turns dominate; every turn of a row counts the same.
-            batch["advantages"] = batch["advantages"] * turn_weights(_policy_mask(batch), batch["joint"])
+            batch["advantages"] = batch["advantages"] * turn_weights(policy_mask(batch), batch["joint"])
         for name, value in rollout.metrics.items():
             self._metrics["train"][name].append(value)
         counts = trained_tokens(rollout.rows)
@@ -220,11 +216,11 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         if self.update.order is Order.SIMULTANEOUS:
             return super()._prepare_inputs(generation_batch)
         place = self._place
-        if place == 0 or not self._schedule:
+        if place == 0 or not self._schedule.slots:
             self._plan(self._generate_and_score_completions(generation_batch))
-        agent, piece = self._schedule[place]
-        if place and self._schedule[place - 1][0] != agent:
-            self._hand_over(self._schedule[place - 1][0], agent)
+        agent, piece = self._schedule.slots[place]
+        if place and self._schedule.begins(place):
+            self._hand_over(self._schedule.agent(place - 1), agent)
             self._stopped = False
         return piece
 
@@ -300,13 +296,13 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         self._logps = None if output.target_logprobs is None else self._own(output.target_logprobs)
         self._raw_logps = logps
         if self.update.ratio is RatioLevel.TURN:
-            logps = turn_level(logps, present["old_per_token_logps"], _policy_mask(present), present["joint"])
+            logps = turn_level(logps, present["old_per_token_logps"], policy_mask(present), present["joint"])
         return logps, entropy, None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; the adapter route is closed after the backward pass."""
         place = self._place
-        if self._stopped and place and not self._next_agent():
+        if self._stopped and place and not self._schedule.begins(place):
             self._skipped.add(place // self.current_gradient_accumulation_steps)
             self._step += 1
             loss = torch.zeros((), device=self.accelerator.device)
@@ -418,68 +414,21 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
 
     def _plan(self, batch: dict[str, Any]) -> None:
         """Cut a rollout into the minibatches of one agent after the other."""
-        order = agent_order(self.agents, self.args.seed, self.iteration)
         parts = self.args.steps_per_generation // len(self.agents)
-        steps = int(batch["joint"].max()) + 1
-        self._log_factor = torch.zeros(max(steps, 1), dtype=torch.float64, device=batch["joint"].device)
-        everyone = [batch["agent"] == number for number in range(len(self.agents))]
-        tokens = torch.stack([_policy_mask(batch)[rows].sum() for rows in everyone])
-        targets = torch.stack([(batch["target_ids"][rows] >= 0).sum() for rows in everyone])
-        # The loss is divided by all tokens of an iteration, spread over its minibatches. An agent's own minibatches
-        # are to be divided by its own tokens.
-        items = self.accelerator.reduce(torch.stack([tokens, targets]), reduction="sum") * len(self.agents)
-        # TRL gathers one figure per row from all processes, so that theirs must be as many.
-        counts = self.accelerator.gather(torch.stack([rows.sum() for rows in everyone])).view(-1, len(self.agents))
-        most = counts.amax(dim=0).clamp(min=parts).tolist()
-        adapters = len(self.adapter_names)
-        used = torch.stack([batch["adapter"][rows].bincount(minlength=adapters) for rows in everyone])
-        used = self.accelerator.reduce(used, reduction="sum")
-        self._owned = {
-            agent: [name for name, count in zip(self.adapter_names, counts, strict=True) if count]
-            for agent, counts in zip(self.agents, used.tolist(), strict=True)
-        }
-        self._schedule = []
-        for agent in order:
-            number = self.agents.index(agent)
-            batch["num_items_in_batch"], batch["hindsight_items"] = items[0, number], items[1, number]
-            mine = everyone[number].nonzero()[:, 0]
-            generator = torch.Generator().manual_seed(derive_seed(self.args.seed, agent, self.iteration) % 2**63)
-            mine = mine[torch.randperm(len(mine), generator=generator).to(mine.device)]
-            silent = (mine if len(mine) else mine.new_zeros(1)).repeat(most[number])
-            places = torch.cat([mine, silent[: most[number] - len(mine)]])
-            heard = torch.arange(len(places), device=places.device) < len(mine)
-            pieces = [
-                _piece(batch, i, on)
-                for i, on in zip(places.tensor_split(parts), heard.tensor_split(parts), strict=True)
-            ]
-            self._schedule += [(agent, piece) for _ in range(self.num_iterations) for piece in pieces]
+        cut = Cut(self.agents, tuple(self.adapter_names), self.args.seed, self.iteration, parts, self.num_iterations)
+        self._schedule = Schedule.of(batch, cut, self.accelerator)
 
     def _hand_over(self, before: str, agent: str) -> None:
         """The next agent's advantages are multiplied by the ratios of those updated before it."""
-        done = list({id(p): p for name, p in self._schedule if name == before}.values())
-        for piece in done:
-            logps = self._logps_of(piece, None, own=True)
-            self._log_factor = compounding(
-                self._log_factor, logps, piece["old_per_token_logps"], _policy_mask(piece), piece["joint"]
-            )
-        limit = math.log(self.update.compound_clip)
-        factor = self._log_factor.clamp(-limit, limit).exp().float()
-        for piece in {id(p): p for name, p in self._schedule if name == agent}.values():
-            joint = piece["joint"]
-            piece["advantages"] = piece["advantages"] * torch.where(joint >= 0, factor[joint.clamp(min=0)], 1.0)
-        self._metrics["train"]["compound_factor"].append(float(factor.mean()))
-
-    def _next_agent(self) -> bool:
-        """Does another agent's turn begin with this step?"""
-        if self.update.order is Order.SIMULTANEOUS or not self._schedule:
-            return False
-        return self._schedule[self._place][0] != self._schedule[self._place - 1][0]
+        for piece in self._schedule.pieces(before):
+            self._schedule.compound(piece, self._logps_of(piece, None, own=True))
+        self._metrics["train"]["compound_factor"].append(self._schedule.hand_over(agent, self.update.compound_clip))
 
     @torch.no_grad()
     def _watch(self, inputs: dict[str, Any]) -> None:
         """How far the policy is from the one that sampled, before this step."""
         assert self._raw_logps is not None
-        mask, old = _policy_mask(inputs), inputs["old_per_token_logps"]
+        mask, old = policy_mask(inputs), inputs["old_per_token_logps"]
         totals = self.accelerator.reduce(torch.stack(approximate_kl(self._raw_logps, old, mask)), reduction="sum")
         kl = float(totals[0] / totals[1].clamp(min=1))
         self._metrics["train"]["approx_kl"].append(kl)
@@ -490,7 +439,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
 
     def _correct(self, batch: dict[str, Any], cap: float) -> None:
         """Truncated importance weights for what the sampler did differently; ratios then refer to the trainer."""
-        mask, sampled = _policy_mask(batch), batch["old_per_token_logps"]
+        mask, sampled = policy_mask(batch), batch["old_per_token_logps"]
         mine = torch.where(mask, self._logps_of(batch, None, own=True), torch.zeros_like(sampled))
         weights = importance_weights(mine, sampled, mask, cap)
         batch["advantages"] = batch["advantages"] * weights
@@ -504,59 +453,33 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
         totals = self.accelerator.reduce(torch.stack([difference, mask.sum().to(difference.dtype)]), reduction="sum")
         return float(totals[0] / totals[1].clamp(min=1))
 
-    @torch.no_grad()
     def _note_gradients(self, place: int) -> None:
         """Their size, before clipping; in a sequential update, only the slot's own agent has any."""
-        slot = self._schedule[place][0] if self.update.order is Order.SEQUENTIAL else None
+        slot = self._schedule.agent(place) if self.update.order is Order.SEQUENTIAL else None
         model = self.accelerator.unwrap_model(self.model)
         if slot is not None:
-            own = {id(p) for name in self._owned[slot] for p in adapter_parameters(model, name)}
+            own = {id(p) for name in self._schedule.owned[slot] for p in adapter_parameters(model, name)}
             for parameter in model.parameters():
                 if id(parameter) not in own:
                     # A gradient of zeros is no gradient, but Adam's momentum would go on moving the weights.
                     parameter.grad = None
         if self._step % self.current_gradient_accumulation_steps:
             return
-        everything = 0.0
-        for name in self.trainable:
-            gradients = [p.grad for p in adapter_parameters(model, name) if p.grad is not None]
-            if gradients:
-                square = float(sum(gradient.double().pow(2).sum() for gradient in gradients))
-                self._metrics["train"][f"gradient_norm/{name}"].append(math.sqrt(square))
-                self._squares[name] += square
-                everything += square
-                if slot is not None:
-                    self._squares_by_agent[slot] += square
-        self._largest = max(self._largest, everything)
+        for name, norm in self._gradients.note(model, slot).items():
+            self._metrics["train"][f"gradient_norm/{name}"].append(norm)
 
     def _log_iteration(self) -> None:
         """What is known only when the iteration's last step is over."""
         if self.update.kl_stop is not None:
             self._metrics["train"]["skipped_steps"].append(float(len(self._skipped)))
         self._skipped.clear()
-        self._metrics["train"]["gradient_norm/largest"].append(math.sqrt(self._largest))
-        self._largest = 0.0
-        adapters = [name for name in self.trainable if not (self._shared and name in self.agents)]
-        self._log_shares({name: self._squares[name] for name in adapters})
-        if self._shared and self._squares_by_agent:
-            self._log_shares({agent: self._squares_by_agent[agent] for agent in self.agents})
-        self._squares.clear()
-        self._squares_by_agent.clear()
-
-    def _log_shares(self, squares: Mapping[str, float]) -> None:
-        total = sum(squares.values())
-        for name, square in squares.items():
-            self._metrics["train"][f"gradient_share/{name}"].append(square / total if total else 0.0)
-
-    @property
-    def _shared(self) -> bool:
-        """Do agents share an adapter?"""
-        return len(self.agents) > len(self.trainable)
+        for name, value in self._gradients.take():
+            self._metrics["train"][name].append(value)
 
     def _due(self) -> bool:
         """Is this the minibatch whose gradient is taken apart by agent?"""
         every = self.update.share_every
-        wanted = self._shared and self.update.order is Order.SIMULTANEOUS and every > 0
+        wanted = self._gradients.shared and self.update.order is Order.SIMULTANEOUS and every > 0
         return wanted and self._place == 0 and self.iteration % every == 0
 
     def _own(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -581,7 +504,7 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
                     found = torch.autograd.grad(loss, parameters, allow_unused=True)
                     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
                     flat = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), reduction="sum")
-                    self._squares_by_agent[agent] = float(flat.double().pow(2).sum())
+                    self._gradients.note_agent(agent, flat)
         finally:
             self._only = None
             self._metrics["train"] = held
@@ -644,34 +567,6 @@ class MultiAgentGRPOTrainer(GRPOTrainer):
             self._close_route()
             self._present, self._logps, self._raw_logps, self._states = held, None, None, None
         return torch.cat(parts)
-
-
-def set_trainable(model: PeftModel, adapters: Sequence[str]) -> None:
-    """Let exactly these adapters' parameters require gradients."""
-    wanted = {id(p) for name in adapters for p in adapter_parameters(model, name)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in wanted)
-
-
-def adapter_parameters(model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
-    """The parameters of one adapter, those of its codec included, in the model's order."""
-    parts = ("lora_", f"{CODECS}.")
-    return [p for name, p in model.named_parameters() if f".{adapter}." in name and any(x in name for x in parts)]
-
-
-def _piece(batch: Mapping[str, torch.Tensor], places: torch.Tensor, heard: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Some rows of a batch; those that are not to be heard carry no loss."""
-    piece = {name: value[places] if value.ndim else value for name, value in batch.items()}
-    piece["tool_mask"] = piece["tool_mask"] * heard[:, None]
-    piece["target_ids"] = torch.where(heard[:, None], piece["target_ids"], -1)
-    if "said_at" in piece:
-        piece["said_at"] = torch.where(heard, piece["said_at"], -1)
-    return piece
-
-
-def _policy_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of the policy loss."""
-    return (batch["tool_mask"] * batch["completion_mask"]).bool()
 
 
 def _no_reward(**_: Any) -> list[float]:

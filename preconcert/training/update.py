@@ -6,7 +6,7 @@ is TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -68,6 +68,11 @@ def agent_order(agents: Sequence[str], seed: int, iteration: int) -> tuple[str, 
     """The random order of one iteration."""
     rng = np.random.default_rng(derive_seed(seed, "agent order", iteration))
     return tuple(agents[i] for i in rng.permutation(len(agents)))
+
+
+def policy_mask(batch: Mapping[str, Tensor]) -> Bool[Tensor, "rows tokens"]:
+    """Tokens of the policy loss, in a batch as `collate` makes it."""
+    return (batch["tool_mask"] * batch["completion_mask"]).bool()
 
 
 def turn_level(

@@ -426,7 +426,7 @@ def test_later_agents_advantages_carry_the_earlier_ones_ratios(
     # The first agent's adapter is left alone from its slot's end on, so its weights now are those of the hand-over.
     by_hand = log_ratios(starter, [row for row in rows if row.agent == first], table)
     factor = {step: math.exp(min(max(value, -math.log(2)), math.log(2))) for step, value in by_hand.items()}
-    found = {step: float(value) for step, value in enumerate(trainer._log_factor)}
+    found = {step: float(value) for step, value in enumerate(trainer._schedule.log_factor)}
     assert max(abs(found[step] - by_hand[step]) for step in by_hand) < 1e-4
     assert len({round(value, 3) for value in factor.values()}) > 3
     assert max(abs(math.log(value)) for value in factor.values()) > 0.05
@@ -434,7 +434,7 @@ def test_later_agents_advantages_carry_the_earlier_ones_ratios(
     expected = sorted(
         row.advantages[t] * factor[int(row.joint[t])] for (_, t), row in plain.items() if row.policy[t]
     )
-    pieces = {id(piece): piece for agent, piece in trainer._schedule if agent == second}.values()
+    pieces = trainer._schedule.pieces(second)
     mine = sorted(
         float(a) for p in pieces for a in p["advantages"][(p["tool_mask"] * p["completion_mask"]).bool()]
     )
