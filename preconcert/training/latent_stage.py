@@ -20,7 +20,8 @@ from preconcert.core import Env, TrainingError, derive_seed
 from preconcert.models import LatentMethod, LatentSettings, TransformersModel
 from preconcert.training.imitation import scripted_episodes
 from preconcert.training.json_file import write_json
-from preconcert.training.latent_start import LatentStart, Seat, lines_of, train_latents
+from preconcert.training.latent_lines import lines_of
+from preconcert.training.latent_start import LatentStart, Seat, train_latents
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Reporter
 from preconcert.training.run_folder import base_of

@@ -1,7 +1,7 @@
 """Latent messages from supervised play: senders learn what to send by what it is worth to their receivers' imitation.
 
-Parts: `LatentStartSettings`, `Seat` (an agent's model and adapter), `lines_of` (scripted episodes as token rows),
-`LatentStart` (the losses and their gradients) and `train_latents` (the loop).
+Parts: `LatentStartSettings`, `Seat` (an agent's model and adapter), `LatentStart` (the losses and their gradients) and
+`train_latents` (the loop).
 
 Three moments of an episode go through the models together. At t − 2 everyone speaks without having heard anything, at
 t − 1 everyone hears that and speaks again, at t everyone hears what was said at t − 1; the gradient of the receivers'
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,11 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from preconcert.agents import AgentSettings
-from preconcert.core import Episode, TrainingError, derive_seed
+from preconcert.core import TrainingError, derive_seed
 from preconcert.models import AdapterRoute, Fill, Fills, TransformersModel
-from preconcert.prompts import TurnFormat
-from preconcert.training.hindsight import hindsight_content
+from preconcert.training.latent_lines import Line, Lines
 from preconcert.training.reporter import Reporter, Silent
 
 
@@ -65,25 +63,6 @@ class LatentStartSettings(BaseModel):
     """Clip of the gradient's norm, over everything that is trained."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One turn as tokens, with messages as vectors (student) and in words (teacher)."""
-
-    agent: str
-    prompt: tuple[int, ...]
-    starts: Mapping[str, int]
-    """Where each sender's vectors begin in the prompt."""
-    answer: tuple[int, ...]
-    chosen: tuple[int, ...]
-    """Places in the answer that were a choice."""
-    teacher: tuple[int, ...] = ()
-    """The same turn's prompt and answer in words; empty without a teacher."""
-    taught: tuple[int, ...] = ()
-    """By chosen place: the place of the same word in `teacher`."""
-    words: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    """By sender the words of the message that was heard, each as tokens of the receiver."""
-
-
 @dataclass(frozen=True)
 class Seat:
     """Who plays an agent."""
@@ -92,67 +71,6 @@ class Seat:
     adapter: str
     teacher: str | None = None
     """The adapter that reads messages in words; None for the bare base."""
-
-
-Lines = Mapping[str, Sequence[Line]]
-"""One episode: the turns of each agent."""
-
-
-def lines_of(
-    episodes: Sequence[Episode],
-    students: Mapping[str, TurnFormat],
-    teachers: Mapping[str, TurnFormat],
-    settings: AgentSettings,
-) -> list[Lines]:
-    """Scripted episodes as token rows.
-
-    Args:
-        episodes: their messages are in words.
-        students: by agent the format of turns with latent messages.
-        teachers: by agent the format of turns with messages in words; empty without a teacher.
-        settings: how agents read and write.
-    """
-    return [
-        {
-            agent: _lines(episode, agent, students[agent], teachers.get(agent), settings)
-            for agent in episode.trajectories
-        }
-        for episode in episodes
-    ]
-
-
-def _lines(
-    episode: Episode, agent: str, student: TurnFormat, teacher: TurnFormat | None, settings: AgentSettings
-) -> list[Line]:
-    others = tuple(other for other in episode.trajectories if other != agent)
-    found: list[Line] = []
-    done: list[str] = []
-    for index, turn in enumerate(episode.trajectories[agent].turns):
-        legal = turn.observation.legal_actions
-        prompt, starts = student.prompt_with_places(agent, turn.observation, (), others, done)
-        content = hindsight_content(episode, agent, index, student.language, student.spans, student.speech)
-        written = student.write(content, others, legal)
-        chosen = tuple(place for place, free in enumerate(written.chosen) if free or not settings.constrained)
-        text: tuple[int, ...] = ()
-        taught: tuple[int, ...] = ()
-        if teacher is not None:
-            before = teacher.prompt_ids(agent, turn.observation, turn.inbox, others, done)
-            told = teacher.write(
-                hindsight_content(episode, agent, index, teacher.language, teacher.spans), others, legal
-            )
-            text = before + told.ids
-            if told.ids != written.ids:
-                raise TrainingError(f"{agent!r}: a turn with messages in words is another than one with vectors")
-            taught = tuple(len(before) + place for place in chosen)
-        words = {
-            message.sender: tuple(
-                student.encode(word if student.compact else f" {word}") for word in message.payload.split()
-            )
-            for message in turn.inbox
-        }
-        found.append(Line(agent, prompt, starts, written.ids, chosen, text, taught, words))
-        done.append(turn.action)
-    return found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from preconcert.agents import AgentSettings, ChannelSettings, SlotsSettings, cod
 from preconcert.core import ConfigError, Episode, TrainingError, UnknownNameError
 from preconcert.envs import make_env
 from preconcert.models import LatentSettings, TransformersModel
-from preconcert.training.latent_start import LatentStart, LatentStartSettings, Seat, lines_of, train_latents
+from preconcert.training.latent_lines import lines_of
+from preconcert.training.latent_start import LatentStart, LatentStartSettings, Seat, train_latents
 from preconcert.training.mixed import MixedTeam, train_mixed
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import ScriptedPolicy, rollout
