@@ -242,9 +242,12 @@ def _near(plan: Plan, readings: Readings, task: str) -> Finding:
     nearest = f"none; as good, and cheapest: {min(dear)[1]}, {min(dear)[0]:.3f} of the bits" if dear else "none"
     what = "; ".join(good) if good else nearest
     surely = f" With the whole interval of the paired difference: {', '.join(sure) or 'none'}."
+    silent = readings.estimate(NONE, _SUCCESS, task)
+    low = silent is not None and raw.low <= silent.high
     return Finding(
         f"{target}{'Met' if good else 'Not met'}: {what}, against {raw.value:.2f} with {raw_bits.value:.0f} bits."
-        + (surely if good else ""),
+        + (surely if good else "")
+        + (" The observation is no better than silence here, which makes this a low bar." if low else ""),
         bool(good),
     )
 

@@ -112,6 +112,18 @@ def test_communication_says_its_targets(tmp_path: Any) -> None:
     assert "Not met: none; as good, and cheapest: learned (0.92 with 20 bits), 0.334 of the bits, against" in said
 
 
+def test_an_observation_that_nobody_reads_is_a_low_bar() -> None:
+    cells = fabricate({"success_on": 0.9, "bits_raw": 20.0}, COMMUNICATION, Scale.STANDARD)
+    for each in cells:
+        if (each.cell.arm, each.cell.task) == ("raw-state", "signal"):
+            each.measures.update(bits_raw=100.0, success_on=0.5 + 0.01 * each.cell.seed)  # type: ignore[attr-defined]
+    found = COMMUNICATION.report(COMMUNICATION.plans[Scale.STANDARD], cells).findings
+    told = {each.text.split(".")[0]: each.text for each in found if "Target: a learned arm within" in each.text}
+    assert "Met: learned" in told["signal"]
+    assert "no better than silence here, which makes this a low bar" in told["signal"]
+    assert not any("low bar" in text for task, text in told.items() if task != "signal")
+
+
 def test_a_target_without_figures_is_not_met() -> None:
     """Whatever failed, every task has every target."""
     cells = fabricate({"success_on": 0.9, "bits_raw": 20.0}, COMMUNICATION, Scale.STANDARD)
