@@ -44,6 +44,11 @@ LONGER = {"box-push": 1200}
 as many in its recipe."""
 
 
+READING = {"signal": 6000}
+"""By task, steps of the warm start where messages are observations. What is told must be found among the words of all
+candidates there, and is learned after some 4000 steps where one word takes fewer than 2000."""
+
+
 def vectors(tokens: int, levels: int = 4, method: str = "learned") -> dict[str, Any]:
     """The overrides of an arm that talks in vectors, for all tasks and for those in `WIDER` and `LONGER`."""
     on_task: dict[str, dict[str, Any]] = {
@@ -71,7 +76,12 @@ def arms(
     """
     found = [
         ExperimentArm(NONE, "no messages", {"agent.spans.say": False}),
-        ExperimentArm(RAW, "observation in words", {"agent.codec": "raw-state"}),
+        ExperimentArm(
+            RAW,
+            "observation in words",
+            {"agent.codec": "raw-state"},
+            {task: {"warm_start.steps": steps} for task, steps in READING.items()},
+        ),
         ExperimentArm("intention", "plan in words", {"agent.codec": "intention"}),
         ExperimentArm("slots", "the task's words", {"agent.codec": "slots"}),
         ExperimentArm(LEARNED, "learned words, tight cap", {"agent.codec": "learned"}, capped_at(tight)),
@@ -177,6 +187,8 @@ COMMUNICATION = Experiment(
         "in the task's words. Vectors are distilled from a team that reads those words.",
         "Each arm has the same learning rates and as many iterations. Latent arms have a supervised phase more. On "
         "`box-push` and `signal` a vector has four numbers and that phase 1200 steps, on `rendezvous` two and 400.",
+        "On `signal` teams that tell each other their observations have a warm start of 6000 steps, three times that "
+        "of the others, without which nobody reads them.",
         "On `signal` a message of the task's words is one word, which cannot be shortened: learned words have no cap "
         "there.",
         "Vectors that are aligned without training are the sender's hidden states; the reader is trained like all.",
