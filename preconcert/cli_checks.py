@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
 import warnings
@@ -101,6 +102,7 @@ def doctor(as_json: AsJson = False) -> None:
             with quiet():
                 from transformers.utils import is_torch_cuda_available
 
+                importlib.import_module("preconcert.training.run")
                 cuda = is_torch_cuda_available()
         except Exception as error:  # a broken installation can raise anything
             problems.append(f"importing preconcert.training.run fails: {type(error).__name__}: {one_line(error)}")

@@ -40,7 +40,10 @@ FallbackRun = Annotated[
         show_default=False,
     ),
 ]
-Patience = Annotated[int, typer.Option(min=1, help="Steps that agents wait before --fallback.")]
+Patience = Annotated[
+    int | None,
+    typer.Option(min=1, help="Steps that agents wait before --fallback; 3 if not given.", show_default=False),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(
@@ -88,16 +91,18 @@ def planned_with(
     return Planned(planner_settings(planner, values), WorldKind(model)), others
 
 
-def around(planned: Planned | None, fallback: Path | None, patience: int) -> SpecialPlay | None:
+def around(planned: Planned | None, fallback: Path | None, patience: int | None) -> SpecialPlay | None:
     """What is put around a run's team: a planner, a silent run to fall back on, or nothing.
 
     Raises:
-        ConfigError: both.
+        ConfigError: both, or a patience for nothing.
     """
     from preconcert.experiments.fallback import Fallback
 
     if fallback is None:
+        if patience is not None:
+            raise ConfigError(f"--patience {patience} is for --fallback, which is not asked for")
         return planned
     if planned is not None:
         raise ConfigError("a team that plans has nothing to fall back on: take --plan or --fallback")
-    return Fallback(fallback, patience)
+    return Fallback(fallback) if patience is None else Fallback(fallback, patience)

@@ -86,7 +86,7 @@ def evaluate(
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
     fallback: FallbackRun = None,
-    patience: Patience = 3,
+    patience: Patience = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a run on held-out instances, beside baselines and message controls."""

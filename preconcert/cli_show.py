@@ -44,7 +44,7 @@ def play(
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
     fallback: FallbackRun = None,
-    patience: Patience = 3,
+    patience: Patience = None,
     server: Annotated[
         str | None,
         typer.Option("--server", metavar="URL", help="Ask the team of a running `serve`.", show_default=False),
@@ -60,13 +60,14 @@ def play(
         planned, others = planned_with(plan, planner, model, greedy, own)
         if others:
             raise ConfigError(f"--server plays what it serves; {others[0]!r} goes to `preconcert serve`")
-        if fallback is not None:
+        if fallback is not None or patience is not None:
             raise ConfigError("--server plays the team that it serves; --fallback is for runs in a folder")
         _play_remotely(server, api_key, seed, greedy, planned, as_json)
         return
     if run is None:
         raise ConfigError("play needs a run's folder, or --server URL")
     with quiet():
+        from preconcert.experiments.fallback import Fallback
         from preconcert.experiments.terminal import episode_view
 
         planned, others = planned_with(plan, planner, model, greedy, overrides or [])
@@ -75,7 +76,7 @@ def play(
         replay = _replays(run, recipe, [seed], seed, greedy, special)[0]
     if as_json:
         how = None if planned is None else {**planned.settings.model_dump(mode="json"), "model": planned.world.value}
-        behind = None if fallback is None else {"run": str(fallback), "patience": patience}
+        behind = {"run": str(special.silent), "patience": special.patience} if isinstance(special, Fallback) else None
         channel = recipe.channel.model_dump(mode="json")
         print_json(
             {
@@ -105,7 +106,7 @@ def watch(
     planner: PlannerKind = "best-of-k",
     model: WorldModelKind = "token",
     fallback: FallbackRun = None,
-    patience: Patience = 3,
+    patience: Patience = None,
 ) -> None:
     """Write a page that replays held-out episodes; one file that loads nothing."""
     from preconcert.config import load_run, override_play
@@ -129,7 +130,7 @@ def watch(
             ("agents", ", ".join(replays[0].agents)),
             ("parameters", params or "defaults"),
             ("seed", str(recipe.seed)),
-            ("decisions", _decisions(greedy, planned, fallback)),
+            ("decisions", _decisions(greedy, special)),
             *([("played with", ", ".join(others))] if others else []),
         ]
         curve = read_curve(run / "log.jsonl", ceiling)
@@ -230,11 +231,16 @@ def _play_remotely(
         console.print(episode_view(replay, console.width))
 
 
-def _decisions(greedy: bool, planned: Planned | None, fallback: Path | None) -> str:
-    if planned is not None:
-        return f"planned, {planned.settings.type} with the {planned.world.value} model"
-    behind = "" if fallback is None else f"; as {fallback} where nothing is heard"
-    return ("greedy" if greedy else "sampled") + behind
+def _decisions(greedy: bool, special: SpecialPlay | None) -> str:
+    from preconcert.experiments.fallback import Fallback
+    from preconcert.experiments.planned import Planned
+
+    if isinstance(special, Planned):
+        return f"planned, {special.settings.type} with the {special.world.value} model"
+    how = "greedy" if greedy else "sampled"
+    if isinstance(special, Fallback):
+        return f"{how}; from step {special.patience} on as {special.silent} where nothing is heard"
+    return how
 
 
 def _replays(

@@ -1,10 +1,10 @@
 """Experiment `communication`: what is a message worth, and how few bits does it take?
 
-Arms are forms of messages, each trained alike: none, the sender's observation (`raw-state`), its plan (`intention`),
-the task's words (`slots`), as few of them as pay (`learned`, under a cap that dual ascent meets), and vectors
-(`latent`, quantised, of several lengths; as they are; and without any training, `aligned`). The oracle is the task's
-own player that sees everything. Every trained team is played again with its messages shuffled, constant, random and
-lost.
+Arms are forms of messages, trained alike but for what the limits below name: none, the sender's observation
+(`raw-state`), its plan (`intention`), the task's words (`slots`), as few of them as pay (`learned`, under a cap that
+dual ascent meets), and vectors (`latent`, quantised, of several lengths; as they are; and without any training,
+`aligned`). The oracle is the task's own player that sees everything. Every trained team is played again with its
+messages shuffled, constant, random and lost.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def _near(plan: Plan, readings: Readings, task: str) -> Finding:
     )
     raw = readings.estimate(RAW, _SUCCESS, task)
     raw_bits = readings.estimate(RAW, measure_named("bits_raw"), task, mean)
-    if raw is None or raw_bits is None:
+    if raw is None or raw_bits is None or not raw_bits.value:
         return Finding(f"{target}Not judged: no figures of that observation{_short(readings, RAW, task)}.", False)
     good, sure = list[str](), list[str]()
     dear: list[tuple[float, str]] = []
@@ -242,12 +242,12 @@ def _near(plan: Plan, readings: Readings, task: str) -> Finding:
     nearest = f"none; as good, and cheapest: {min(dear)[1]}, {min(dear)[0]:.3f} of the bits" if dear else "none"
     what = "; ".join(good) if good else nearest
     surely = f" With the whole interval of the paired difference: {', '.join(sure) or 'none'}."
-    silent = readings.estimate(NONE, _SUCCESS, task)
-    low = silent is not None and raw.low <= silent.high
+    heard = readings.compare(RAW, NONE, _SUCCESS, task)
+    low = heard is not None and heard.difference.low <= 0
     return Finding(
         f"{target}{'Met' if good else 'Not met'}: {what}, against {raw.value:.2f} with {raw_bits.value:.0f} bits."
         + (surely if good else "")
-        + (" The observation is no better than silence here, which makes this a low bar." if low else ""),
+        + (" The observation is not clearly better than silence here, which makes this a low bar." if low else ""),
         bool(good),
     )
 

@@ -1,7 +1,8 @@
 """Multi-agent GRPO on TRL's trainer: one low-rank adapter per agent on one shared base.
 
 TRL owns the loop, the buffering, the epochs over a rollout, loss types, clipping, logging, checkpoints and Accelerate.
-This file holds every override, and nothing else relies on TRL's insides:
+This file holds every override. Besides it, only the shape of batches (`batch.py`) and their division by agent
+(`sequential.py`) rely on TRL's insides:
 
 * `_generate_and_score_completions` is replaced whole by a rollout (`RolloutSource`);
 * `_compute_loss` opens the per-row adapter route, adds the cross-entropy to the hindsight targets, and leaves the

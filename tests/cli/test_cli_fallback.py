@@ -32,7 +32,9 @@ def test_a_run_is_judged_with_another_to_fall_back_on(run: Path, silent: Path, r
     assert "trained with fallback" in run_command(*words).stdout
 
 
-def test_an_episode_and_the_page_show_who_acted(run: Path, silent: Path, run_command: Command, tmp_path: Path) -> None:
+def test_episodes_are_shown_with_another_to_fall_back_on(
+    run: Path, silent: Path, run_command: Command, tmp_path: Path
+) -> None:
     def shown(*words: object) -> dict[str, Any]:
         return json.loads(run_command("play", run, "drop=1.0", *words, "--json").stdout)
 
@@ -45,7 +47,7 @@ def test_an_episode_and_the_page_show_who_acted(run: Path, silent: Path, run_com
     assert soon["frames"] != alone["frames"]
     file = tmp_path / "page.html"
     assert run_command("watch", run, "drop=1.0", *words, 1, "--episodes", 2, "--out", file).exit_code == 0
-    assert f"as {silent} where nothing is heard" in file.read_text()
+    assert f"from step 1 on as {silent} where nothing is heard" in file.read_text()
 
 
 def test_a_service_plays_its_own_team(silent: Path, run_command: Command) -> None:
@@ -60,6 +62,7 @@ def test_a_service_plays_its_own_team(silent: Path, run_command: Command) -> Non
         (("--fallback", "{run}"), "writes messages itself"),
         (("--fallback", "{silent}", "--plan", "--model", "oracle"), "take --plan or --fallback"),
         (("--fallback", "nowhere"), "is not a run folder"),
+        (("--patience", "7"), "--patience 7 is for --fallback"),
     ],
 )
 def test_refusals(run: Path, silent: Path, run_command: Command, words: tuple[str, ...], says: str) -> None:

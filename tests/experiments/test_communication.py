@@ -120,8 +120,14 @@ def test_an_observation_that_nobody_reads_is_a_low_bar() -> None:
     found = COMMUNICATION.report(COMMUNICATION.plans[Scale.STANDARD], cells).findings
     told = {each.text.split(".")[0]: each.text for each in found if "Target: a learned arm within" in each.text}
     assert "Met: learned" in told["signal"]
-    assert "no better than silence here, which makes this a low bar" in told["signal"]
+    assert "not clearly better than silence here, which makes this a low bar" in told["signal"]
     assert not any("low bar" in text for task, text in told.items() if task != "signal")
+    for each in cells:  # better in every seed, though seeds differ by more
+        if each.cell.task == "signal" and each.cell.arm in ("none", "raw-state"):
+            better = 0.1 if each.cell.arm == "raw-state" else 0.0
+            each.measures["success_on"] = 0.3 + 0.1 * each.cell.seed + better  # type: ignore[index]
+    found = COMMUNICATION.report(COMMUNICATION.plans[Scale.STANDARD], cells).findings
+    assert not any("low bar" in each.text for each in found)
 
 
 def test_a_target_without_figures_is_not_met() -> None:

@@ -40,7 +40,10 @@ READ = {
         "self._step % generate_every == 0",
     ),
 }  # fmt: skip
-ADVICE = f"preconcert/training/grpo.py was written against TRL {PINNED}; read it again before moving to another version"
+ADVICE = (
+    f"preconcert/training/grpo.py, batch.py and sequential.py were written against TRL {PINNED}; read them again "
+    "before moving to another version"
+)
 
 
 def test_the_version_is_the_pinned_one() -> None:
