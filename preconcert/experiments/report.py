@@ -77,8 +77,14 @@ def show(entry: Entry) -> tuple[str, str]:
     return "–" if entry is None else str(entry), ""
 
 
+_NOTHING = 1e-12
+"""What rounding leaves of a difference of equal numbers is smaller."""
+
+
 def _number(value: float) -> str:
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
-    return f"{value:.2f}" if size >= 0.01 or value == 0 else f"{value:.2g}"
+    if size < _NOTHING:
+        return "0.00"
+    return f"{value:.2f}" if size >= 0.01 else f"{value:.2g}"

@@ -10,7 +10,7 @@ import pytest
 from preconcert.experiments.credit import CREDIT, STANDARD, at_budget, budgets, contrasts
 from preconcert.experiments.experiment import Scale
 from preconcert.experiments.page import PAGE, RESULT, Result, write_result
-from preconcert.experiments.report import ReportTable
+from preconcert.experiments.report import ReportTable, show
 from preconcert.experiments.statistics import Estimate
 from tests.experiments.fabricated import cell_of, cells_like
 
@@ -95,3 +95,8 @@ def test_no_infinity_gets_into_the_numbers(written: Path) -> None:
 def test_rows_fit_their_columns() -> None:
     with pytest.raises(ValueError, match="row of 1 entries under 2"):
         ReportTable("t", "t", ("a", "b"), ((1.0,),))
+
+
+def test_numbers_as_people_read_them() -> None:
+    values = [0.0, 0.1 + 0.2 - 0.3, -1e-17, 0.004, 0.25, 12345.6]
+    assert [show(value)[0] for value in values] == ["0.00", "0.00", "0.00", "0.004", "0.25", "12,346"]
