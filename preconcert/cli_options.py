@@ -27,9 +27,19 @@ PlayOverrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Imagine before acting; planner.KEY=VALUE changes the search.")]
-PlannerKind = Annotated[str, typer.Option("--planner", help="The search of --plan: best-of-k, beam or tree.")]
+PlannerKind = Annotated[
+    str | None,
+    typer.Option(
+        "--planner", help="The search of --plan: best-of-k (if not given), beam or tree.", show_default=False
+    ),
+]
 WorldModelKind = Annotated[
-    str, typer.Option("--model", help="What --plan imagines with: token (the run's own), oracle or shuffled.")
+    str | None,
+    typer.Option(
+        "--model",
+        help="What --plan imagines with: token (the run's own; if not given), oracle or shuffled.",
+        show_default=False,
+    ),
 ]
 FallbackRun = Annotated[
     Path | None,
@@ -52,6 +62,9 @@ ApiKey = Annotated[
 ]
 
 
+PLANNER = "best-of-k"
+
+
 def need_extra(extra: str, packages: Sequence[str]) -> None:
     """Go on only where an extra is installed.
 
@@ -67,12 +80,13 @@ def need_extra(extra: str, packages: Sequence[str]) -> None:
 
 
 def planned_with(
-    plan: bool, planner: str, model: str, greedy: bool, overrides: Sequence[str]
+    plan: bool, planner: str | None, model: str | None, greedy: bool, overrides: Sequence[str]
 ) -> tuple[Planned | None, list[str]]:
     """How a run is to plan, None if not at all; and the overrides that are not the planner's.
 
     Raises:
-        ConfigError: settings of a planner that is not asked for, unknown ones, or greedy planning.
+        ConfigError: a search, a world model or settings of planning that is not asked for, unknown ones, or greedy
+            planning.
     """
     from preconcert.config import parse_override
     from preconcert.experiments.planned import PREFIX, Planned, WorldKind, planner_settings
@@ -83,12 +97,16 @@ def planned_with(
     if not plan:
         if values:
             raise ConfigError(f"planner.{next(iter(values))} changes the search of --plan, which is not asked for")
+        for name, value in (("planner", planner), ("model", model)):
+            if value is not None:
+                raise ConfigError(f"--{name} {value} is for --plan, which is not asked for")
         return None, others
     if greedy:
         raise ConfigError("--plan weighs turns that are sampled, --greedy always takes the same one; take one of them")
-    if model not in list(WorldKind):
-        raise UnknownNameError("world model", model, [kind.value for kind in WorldKind])
-    return Planned(planner_settings(planner, values), WorldKind(model)), others
+    world = WorldKind.TOKEN if model is None else model
+    if world not in list(WorldKind):
+        raise UnknownNameError("world model", world, [kind.value for kind in WorldKind])
+    return Planned(planner_settings(planner or PLANNER, values), WorldKind(world)), others
 
 
 def around(planned: Planned | None, fallback: Path | None, patience: int | None) -> SpecialPlay | None:

@@ -41,8 +41,8 @@ def play(
     seed: Annotated[int, typer.Option(min=0, help="Which held-out instance.")] = 0,
     greedy: Greedy = False,
     plan: Plan = False,
-    planner: PlannerKind = "best-of-k",
-    model: WorldModelKind = "token",
+    planner: PlannerKind = None,
+    model: WorldModelKind = None,
     fallback: FallbackRun = None,
     patience: Patience = None,
     server: Annotated[
@@ -103,8 +103,8 @@ def watch(
     seed: Annotated[int, typer.Option(min=0, help="Of the task instances, as for `eval`.")] = 0,
     greedy: Greedy = False,
     plan: Plan = False,
-    planner: PlannerKind = "best-of-k",
-    model: WorldModelKind = "token",
+    planner: PlannerKind = None,
+    model: WorldModelKind = None,
     fallback: FallbackRun = None,
     patience: Patience = None,
 ) -> None:
@@ -247,7 +247,7 @@ def _replays(
     run: Path, recipe: Recipe, seeds: list[int], seed: int, greedy: bool, special: SpecialPlay | None
 ) -> list[Replay]:
     """Play held-out instances and lay them out for reading."""
-    from preconcert.agents import ChannelMode
+    from preconcert.agents import ChannelMode, FallbackTeam
     from preconcert.experiments.evaluation import Players, heldout_specs, play
     from preconcert.experiments.planned import Planned, WorldKind
     from preconcert.experiments.replay import replay_of
@@ -260,4 +260,5 @@ def _replays(
     if isinstance(special, Planned) and special.world is WorldKind.SHUFFLED:  # nor with answers
         specs += [spec for spec in heldout_specs(recipe, 16, seed) if spec.seed not in {each.seed for each in specs}]
     policy = players.team(greedy) if special is None else special.team(players, run, greedy)
-    return [replay_of(each) for each in play(specs, policy, recipe.channel, seed)[: len(seeds)]]
+    alone = policy.deaf if isinstance(policy, FallbackTeam) else None
+    return [replay_of(each, alone=alone) for each in play(specs, policy, recipe.channel, seed)[: len(seeds)]]

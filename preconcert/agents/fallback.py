@@ -57,9 +57,9 @@ class FallbackTeam:
         self.fallen_back = 0
         """Turns of them in which an agent acted as the silent team would."""
 
-    def deaf(self, request: TurnRequest) -> bool:
-        """Has an agent waited long enough without having heard anything?"""
-        return not request.inbox and request.observation.step >= self.patience
+    def deaf(self, moment: TurnRequest | Turn) -> bool:
+        """Has an agent waited long enough without having heard anything? Its turn is the silent team's then."""
+        return not moment.inbox and moment.observation.step >= self.patience
 
     def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         """One turn per request, from a batch of each team."""

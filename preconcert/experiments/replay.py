@@ -85,6 +85,8 @@ class View:
     reward: float
     weighed: tuple[Weighed, ...] = ()
     """What a planner weighed, best first; empty without one."""
+    alone: bool = False
+    """Having heard nothing, it acts as the silent team that it falls back on would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +122,13 @@ class Replay:
         return asdict(self)
 
 
-def replay_of(episode: Episode, running: bool = False) -> Replay:
+def replay_of(episode: Episode, running: bool = False, alone: Callable[[Turn], bool] | None = None) -> Replay:
     """An episode, step by step. Its environment is played through once more for the board.
 
     Args:
         episode: what was played.
         running: it goes on; what was foretold of steps that nobody has taken is neither right nor wrong yet.
+        alone: says of a turn that it is a silent team's; None where there is none to fall back on.
     """
     env = make_env(episode.task, episode.params, episode.seed, episode.split)
     draw: Callable[[], list[str]] | None = getattr(env, "board", None)
@@ -134,7 +137,7 @@ def replay_of(episode: Episode, running: bool = False) -> Replay:
     agents = tuple(episode.trajectories)
     for step in range(episode.steps + 1):
         over = step == episode.steps
-        views = () if over else tuple(_view(episode, agent, step, env, running) for agent in agents)
+        views = () if over else tuple(_view(episode, agent, step, env, running, alone) for agent in agents)
         board = tuple(str(row) for row in draw()) if draw is not None else ()
         frames.append(Frame(step, board, episode.states[step], views))
         if not over:
@@ -217,7 +220,9 @@ def write_page(path: Path, html: str) -> None:
     os.replace(beside, path)
 
 
-def _view(episode: Episode, agent: str, step: int, env: Env, running: bool) -> View:
+def _view(
+    episode: Episode, agent: str, step: int, env: Env, running: bool, alone: Callable[[Turn], bool] | None
+) -> View:
     mine = episode.trajectories[agent]
     turn = mine.turns[step]
     return View(
@@ -232,6 +237,7 @@ def _view(episode: Episode, agent: str, step: int, env: Env, running: bool) -> V
         malformed=turn.malformed,
         reward=turn.reward,
         weighed=weighed(episode, turn, env.language.view),
+        alone=alone is not None and alone(turn),
     )
 
 

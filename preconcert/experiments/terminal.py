@@ -319,6 +319,8 @@ def _view(view: View, number: int, more: bool) -> RenderableType:
         does.append(f", reward {view.reward:g}", style="green")
     lines.add_row("saw", view.saw)
     lines.add_row("heard", "; ".join(f"{each.sender}: {each.words}" for each in view.heard) or "nothing yet")
+    if view.alone:
+        lines.add_row("acts", Text("as the silent team would, having heard nothing", style="dim"))
     if view.malformed:
         lines.add_row("wrote", Text("a malformed turn; the default action was taken", style="red"))
     if view.intends:

@@ -45,6 +45,11 @@ def test_episodes_are_shown_with_another_to_fall_back_on(
     assert late["frames"] == alone["frames"]
     assert soon["frames"][0] == alone["frames"][0], "nobody can have heard anything yet"
     assert soon["frames"] != alone["frames"]
+    for frame in soon["frames"][:-1]:
+        assert {view["alone"] for view in frame["views"]} == {frame["step"] >= 1}, "nobody ever hears anything"
+    assert not any(view["alone"] for frame in alone["frames"] for view in frame["views"])
+    said = run_command("play", run, "drop=1.0", *words, 1).stdout
+    assert "as the silent team would" in said
     file = tmp_path / "page.html"
     assert run_command("watch", run, "drop=1.0", *words, 1, "--episodes", 2, "--out", file).exit_code == 0
     assert f"from step 1 on as {silent} where nothing is heard" in file.read_text()

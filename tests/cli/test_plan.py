@@ -57,6 +57,8 @@ def test_the_page_draws_plans(run: Path, run_command: Command, tmp_path: Path) -
         (("--plan", "--planner", "beem"), "planner 'beem'"),
         (("--plan", "--model", "orakle"), "did you mean 'oracle'?"),
         (("--plan", "--greedy"), "take one of them"),
+        (("--planner", "tree"), "--planner tree is for --plan, which is not asked for"),
+        (("--model", "oracle"), "--model oracle is for --plan, which is not asked for"),
         (("planner.samples=2",), "planner.samples changes the search of --plan"),
         (("planner.sample=2", "--plan"), "did you mean 'planner.samples'?"),
         (("planner.samples=0", "--plan"), "planner.samples = 0"),

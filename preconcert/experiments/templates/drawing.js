@@ -73,6 +73,7 @@ function drawAgent(view, number) {
   const row = (name, ...content) => list.append(make("dt", "", name), make("dd", "", ...content));
   row("saw", make("span", "mono", view.saw));
   row("heard", ...(view.heard.length ? view.heard.map((mail) => make("span", "chip", make("span", "slot", mail.sender + ": "), mail.words)) : [make("span", "soft", "nothing yet")]));
+  if (view.alone) row("acts", make("span", "soft", "as the silent team would, having heard nothing"));
   if (view.malformed) row("wrote", make("span", "bad", "a malformed turn; the default action was taken"));
   if (view.intends.length) row("intends", ...view.intends.map((guess) => {
     const said = `${guess.actions.join(", ")}${mark(guess.right)}`;
