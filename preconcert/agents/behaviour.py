@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from preconcert.agents.team import Context, GenerativeTeam
+from preconcert.agents.team import GenerativeTeam
 from preconcert.core import ConfigError, TurnRequest, derive_seed
 from preconcert.models import ScoreRequest
 from preconcert.prompts import TurnContent
@@ -40,7 +40,7 @@ def behaviour(team: GenerativeTeam, requests: Sequence[TurnRequest], samples: in
         ConfigError: the team remembers, so that its actions follow from more than what it sees.
     """
     settings = team.settings
-    if settings.memory or settings.context is not Context.TURN:
+    if settings.remembers:
         raise ConfigError("a team that remembers earlier turns has no probabilities of its actions at a single view")
     spans = settings.spans
     first = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from preconcert.agents.team import Context, GenerativeTeam
+from preconcert.agents.team import GenerativeTeam
 from preconcert.core import ConfigError, Turn, TurnRequest
 
 
@@ -36,7 +36,7 @@ class FallbackTeam:
         if patience < 1:
             raise ConfigError(f"patience = {patience}: nothing can have arrived before step 1")
         for team in (talking, silent):
-            if team.settings.memory or team.settings.context is not Context.TURN:
+            if team.settings.remembers:
                 raise ConfigError(
                     "a team to fall back on needs agent.memory=0 and agent.context=turn on both sides: agents would "
                     "remember turns that they have not taken"

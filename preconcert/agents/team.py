@@ -73,6 +73,11 @@ class AgentSettings(BaseModel):
     max_tokens: int = Field(96, ge=1)
     """Tokens per turn at the most, where the grammar does not bound them."""
 
+    @property
+    def remembers(self) -> bool:
+        """Does a turn depend on earlier ones of the same agent?"""
+        return bool(self.memory) or self.context is not Context.TURN
+
     @model_validator(mode="after")
     def _vectors_stand_in_turns(self) -> AgentSettings:
         if isinstance(self.codec, LatentCodecSettings) and self.context is not Context.TURN:

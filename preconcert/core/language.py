@@ -50,8 +50,8 @@ class TaskLanguage:
     words: tuple[str, ...] = ()
     """Every word that an observation's text can contain, for tasks without a view. Empty: not known."""
     views: tuple[tuple[str, View], ...] = ()
-    """Where agents see different things: by agent, what its observations consist of. `view` is then None, and nobody
-    models the world."""
+    """Where agents see different things: by agent, what its observations consist of. `view` is then None, and a
+    world model writes plain words."""
 
     def view_of(self, agent: str) -> View | None:
         """What an agent's observations consist of; None: words of any kind."""

@@ -147,7 +147,8 @@ def entrants_of(run: Path, number: int, prefix: str = "") -> list[Entrant]:
         prefix: goes before every label.
     """
     recipe = load_recipe_of(run)
-    held = [Member.parse(path.name) for path in (run / FOLDER).iterdir()] if (run / FOLDER).is_dir() else []
+    folders = sorted((run / FOLDER).iterdir()) if (run / FOLDER).is_dir() else []
+    held = [Member.parse(path.name) for path in folders if not path.name.startswith(".")]
     held.sort(key=lambda member: (member.source, member.iteration))
     found = [Entrant(prefix + member.name, number, member.name) for member in held]
     if recipe.league is None:

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ValidationError
 from preconcert.agents.planners import PLANNERS, PlannerSettings, PlanningTeam
 from preconcert.core import ConfigError, Rehearsing, UnknownNameError, WorldModel, nearest
 from preconcert.experiments.evaluation import Players, Who
+from preconcert.training.imagination import valued_oracle
 from preconcert.training.world_stage import load_world_model
-from preconcert.world_models import OracleValue, OracleWorldModel, ShuffledWorldModel
+from preconcert.world_models import ShuffledWorldModel
 
 PREFIX = "planner."
 """Goes before the keys of a planner's settings."""
@@ -119,7 +120,7 @@ def world_of(players: Players, run: Path, kind: WorldKind, policy: Rehearsing) -
         raise ConfigError("planners imagine messages in words, and the agents of this run talk in vectors")
     if kind is WorldKind.ORACLE:
         # Without values, whatever is paid beyond the horizon would be nothing to it.
-        return OracleWorldModel(policy, OracleValue.ROLLOUT)
+        return valued_oracle(policy)
     own: WorldModel = load_world_model(run, players.model)
     return ShuffledWorldModel(own, 0) if kind is WorldKind.SHUFFLED else own
 

@@ -6,6 +6,7 @@ Parts: `GradientShares`, `adapter_parameters`, `set_trainable`.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -67,10 +68,10 @@ class GradientShares:
     def take(self) -> Iterator[tuple[str, float]]:
         """The names and values of what an iteration logs; then count anew."""
         yield "gradient_norm/largest", math.sqrt(self._largest)
-        adapters = [name for name in self.trainable if not (self.shared and name in self.agents)]
-        yield from _shares({name: self._by_adapter[name] for name in adapters})
-        if self.shared and self._by_agent:
-            yield from _shares({agent: self._by_agent[agent] for agent in self.agents})
+        shares = _shares({name: self._by_adapter[name] for name in self.trainable})
+        if self.shared and self._by_agent:  # agents with adapters of their own, which are named like them, among them
+            shares |= _shares({agent: self._by_agent[agent] for agent in self.agents})
+        yield from ((f"gradient_share/{name}", share) for name, share in shares.items())
         self._largest = 0.0
         self._by_adapter.clear()
         self._by_agent.clear()
@@ -85,11 +86,10 @@ def set_trainable(model: PeftModel, adapters: Sequence[str]) -> None:
 
 def adapter_parameters(model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
     """The parameters of one adapter, those of its codec included, in the model's order."""
-    parts = ("lora_", f"{CODECS}.")
-    return [p for name, p in model.named_parameters() if f".{adapter}." in name and any(x in name for x in parts)]
+    own = re.compile(rf"\.(lora_\w+|{CODECS})\.{re.escape(adapter)}(\.|$)")
+    return [p for name, p in model.named_parameters() if own.search(name)]
 
 
-def _shares(squares: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def _shares(squares: Mapping[str, float]) -> dict[str, float]:
     total = sum(squares.values())
-    for name, square in squares.items():
-        yield f"gradient_share/{name}", square / total if total else 0.0
+    return {name: square / total if total else 0.0 for name, square in squares.items()}

@@ -27,11 +27,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from preconcert.agents import Context, GenerativeTeam
 from preconcert.agents.team import Memory
 from preconcert.core import (
+    ConfigError,
     Env,
     Episode,
     ImaginedStep,
+    Message,
     Move,
     Observation,
+    Rehearsing,
     StopReason,
     TrainingError,
     Trajectory,
@@ -42,6 +45,7 @@ from preconcert.core import (
 )
 from preconcert.envs import make_env
 from preconcert.training.credit import Ledger, Number, TurnKey
+from preconcert.world_models import OracleValue, OracleWorldModel
 
 IMAGINED = "imagined"
 """The split of episodes that never happened."""
@@ -98,6 +102,11 @@ class Moment:
         one = self.episode
         return f"{one.group}:{one.iteration}:{one.sample}:{self.agent}:{self.index}"
 
+    @property
+    def said(self) -> Message | None:
+        """What the agent said in the turn before."""
+        return self.episode.trajectories[self.agent].turns[self.index - 1].message if self.index else None
+
 
 @dataclass(frozen=True, slots=True)
 class Imagined:
@@ -105,8 +114,24 @@ class Imagined:
 
     episodes: tuple[Episode, ...]
     """Groups of continuations, each in one piece."""
+    before: tuple[Message | None, ...]
+    """What the agent of each had said last, when it began."""
     metrics: Mapping[str, float]
     """`imagination/...`: how many groups, steps and tokens, what they return, how they end."""
+
+
+def valued_oracle(policy: Rehearsing) -> OracleWorldModel:
+    """The environment in a world model's place, its values from games that a policy plays to the end.
+
+    Raises:
+        ConfigError: a team that remembers its turns, of which those that are only imagined are no part.
+    """
+    if isinstance(policy, GenerativeTeam) and policy.settings.remembers:
+        raise ConfigError(
+            "the oracle's values need agent.memory=0 and agent.context=turn: agents that play on from an imagined "
+            "moment would not remember the imagined turns before it"
+        )
+    return OracleWorldModel(policy, OracleValue.ROLLOUT)
 
 
 def damped_advantages(
@@ -209,7 +234,7 @@ class Imaginer:
         share = settings.ratio / (settings.group * settings.horizon)
         moments = [moment for moment in moments if derive_seed(seed, "moment", moment.name) / 2.0**63 < share]
         if not moments:
-            return Imagined((), {})
+            return Imagined((), (), {})
         before = self._world_tokens
         lines = self._begin(moments)
         for step in range(settings.horizon):
@@ -220,6 +245,7 @@ class Imaginer:
         worst = self._worst(lines)
         return Imagined(
             tuple(self._episode(line, worst[line.moment.agent]) for line in lines),
+            tuple(line.moment.said for line in lines),
             self._metrics(lines, len(moments), self._world_tokens - before),
         )
 

@@ -349,7 +349,8 @@ class League:
             self.team.versions[member.name] = member.iteration
         if self.rank == 0 and self.folder.is_dir():
             for folder in self.folder.iterdir():
-                if Member.parse(folder.name).iteration > self.population.iteration:
+                half_written = folder.name.startswith(".")
+                if half_written or Member.parse(folder.name).iteration > self.population.iteration:
                     shutil.rmtree(folder)
 
     def clear(self) -> None:

@@ -79,23 +79,27 @@ def repeats(each: Written) -> tuple[bool, ...]:
     return tuple(place < len(old) and old[place] == word for place, word in enumerate(each.message.payload.split()))
 
 
-def written(episodes: Sequence[Episode], trainable: Collection[str]) -> dict[TurnKey, Written]:
+def written(
+    episodes: Sequence[Episode], trainable: Collection[str], before: Sequence[Message | None] | None = None
+) -> dict[TurnKey, Written]:
     """Every message that a learner wrote word by word.
 
     Args:
         episodes: finished ones.
         trainable: adapters that learn.
+        before: what the learner of each episode had said when it began, for episodes that have one learner and begin in
+            the midst of another; None where they begin at the beginning.
     """
     found: dict[TurnKey, Written] = {}
     for position, episode in enumerate(episodes):
         for agent, trajectory in episode.trajectories.items():
-            before: Message | None = None
+            last = None if before is None else before[position]
             for index, turn in enumerate(trajectory.turns):
                 message = turn.message
                 wrote = turn.adapter in trainable and any(span.kind is SpanKind.SAY for span in turn.spans)
                 if message is not None and wrote:
-                    found[TurnKey(position, agent, index)] = Written(message, before)
-                before = message
+                    found[TurnKey(position, agent, index)] = Written(message, last)
+                last = message
     return found
 
 
@@ -162,24 +166,31 @@ def message_costs(
     return charged
 
 
-def charge(rows: Sequence[Row], episodes: Sequence[Episode], costs: Mapping[TurnKey, NDArray[np.float64]]) -> list[Row]:
-    """Rows whose advantages are less by what their tokens are charged, where these carry the policy loss.
+def charge(
+    rows: Sequence[Row],
+    episodes: Sequence[Episode],
+    costs: Mapping[TurnKey, NDArray[np.float64]],
+    own: Sequence[NDArray[np.bool_]] | None = None,
+) -> list[Row]:
+    """Rows whose advantages are less by what their tokens are charged, where these carry the task's loss.
 
     Args:
         rows: of the episodes, in their order.
         episodes: the rollout.
         costs: from `message_costs`.
+        own: by row, which tokens carry the task's loss, where others do whose advantage is a pay for predictions; None
+            for all that carry a loss.
     """
     starts = np.cumsum([0, *(episode.steps for episode in episodes)])
     charged: list[Row] = []
-    for row in rows:
+    for row, mine in zip(rows, [row.policy for row in rows] if own is None else own, strict=True):
         advantages = row.advantages.copy()
         for joint in np.unique(row.joint[row.joint >= 0]).tolist():
             position = int(np.searchsorted(starts, joint, side="right")) - 1
             cost = costs.get(TurnKey(position, row.agent, joint - int(starts[position])))
             if cost is not None and cost.any():
                 places = np.flatnonzero(row.joint == joint)
-                advantages[places] -= np.where(row.policy[places], cost, 0.0).astype(np.float32)
+                advantages[places] -= np.where(mine[places], cost, 0.0).astype(np.float32)
         charged.append(replace(row, advantages=advantages))
     return charged
 
@@ -218,13 +229,19 @@ class MessageLedger:
         self.control.load_state_dict(state["control"])
         self.meter.load_state_dict(state["meter"])
 
-    def charged(self, rows: Sequence[Row], episodes: Sequence[Episode]) -> list[Row]:
-        """Rows with what their messages cost at the present price."""
-        found = written(episodes, self.trainable)
+    def charged(
+        self,
+        rows: Sequence[Row],
+        episodes: Sequence[Episode],
+        own: Sequence[NDArray[np.bool_]] | None = None,
+        before: Sequence[Message | None] | None = None,
+    ) -> list[Row]:
+        """Rows with what their messages cost at the present price; `own` as for `charge`, `before` as for `written`."""
+        found = written(episodes, self.trainable, before)
         price, redundancy = self.control.price, self.settings.redundancy
         if not (price or redundancy):
             return list(rows)
-        return charge(rows, episodes, message_costs(episodes, found, self._lengths(found), price, redundancy))
+        return charge(rows, episodes, message_costs(episodes, found, self._lengths(found), price, redundancy), own)
 
     def observe(self, iteration: int, episodes: Sequence[Episode]) -> dict[str, float]:
         """Count what was said and set the next iteration's price.

@@ -34,6 +34,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from preconcert.agents.codecs import bits_of
+from preconcert.core import ConfigError
+from preconcert.prompts.speech import Speech
+
 DAMPING = 5.0
 """Price of a message of the cap's length, in advantages, per relative violation, at a gain of 1."""
 ASCENT = 2.0
@@ -97,6 +101,23 @@ class MessagePriceSettings(BaseModel):
         if self.cap_bits is None and "ramp" in self.model_fields_set and self.ramp != 0.5:
             raise ValueError(f"ramp={self.ramp:g} is about a cap, and there is no cap_bits")
         return self
+
+
+def check_price(settings: MessagePriceSettings, speech: Speech) -> None:
+    """Is there something to pay for, and a cap that can be met?
+
+    Raises:
+        ConfigError: the task has no messages, or the cap is less than the shortest one.
+    """
+    if not speech.slots:
+        raise ConfigError("grpo.message_price: the task has no messages, so there is nothing to pay for")
+    shortest = bits_of(len(speech.slots[0].choices) + 1)
+    per_message = settings.per is Per.MESSAGE and settings.meter is MeterName.RAW
+    if settings.cap_bits is not None and per_message and settings.cap_bits < shortest:
+        raise ConfigError(
+            f"grpo.message_price.cap_bits={settings.cap_bits:g} cannot be met: without a model of what is likely, "
+            f"even saying nothing costs {shortest:.2f} bits; raise it, or set grpo.message_price.meter=prior"
+        )
 
 
 class PriceControl:

@@ -262,7 +262,8 @@ def prediction_metrics(episodes: Sequence[Episode], found: Foretold) -> dict[str
 def predictability(episodes: Sequence[Episode]) -> dict[str, float]:
     """How well others' actions could be foretold by simple means; nobody's own predictions go in.
 
-    Should agents become predictable only because predicting is paid, these rise while returns do not.
+    Should agents become predictable only because predicting is paid, the accuracies rise and the entropy
+    falls while returns do not.
 
     Returns:
         `entropy_bits`: entropy of the frequencies of an agent's actions, mean over agents;

@@ -32,7 +32,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig
 
-from preconcert.agents import GenerativeTeam
+from preconcert.agents import GenerativeTeam, codec_of
 from preconcert.core import (
     ConfigError,
     Env,
@@ -48,11 +48,12 @@ from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer
-from preconcert.training.imagination import ImaginedIn, Imaginer
+from preconcert.training.imagination import ImaginedIn, Imaginer, valued_oracle
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_stage import train_latent_stage
 from preconcert.training.league import League, gather
 from preconcert.training.message_credit import CHECK, MessageCredit, passed
+from preconcert.training.message_price import check_price
 from preconcert.training.ppo import MultiAgentPPOTrainer
 from preconcert.training.recipe import STARTER, Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
@@ -65,7 +66,7 @@ from preconcert.training.warm_cache import WarmCache
 from preconcert.training.warm_stage import warm_start
 from preconcert.training.warm_start import WarmStartMethod
 from preconcert.training.world_stage import ADAPTER, WorldRefresh, load_world_model, train_stage
-from preconcert.world_models import OracleValue, OracleWorldModel, TokenWorldModel
+from preconcert.world_models import OracleWorldModel, TokenWorldModel
 
 PUBLISHED = "published"
 """Where adapters are written on their way to a sampling engine."""
@@ -147,6 +148,8 @@ def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
     valued = recipe.grpo.message_credit
     if valued is not None and valued.model is ImaginedIn.WORLD and recipe.world_model is None:
         raise ConfigError("grpo.message_credit imagines in a world model, and the recipe has no world_model section")
+    if recipe.grpo.message_price is not None:
+        check_price(recipe.grpo.message_price, codec_of(recipe.agent.codec, env.language, recipe.agent.spans).speech)
     learning = sum(name not in recipe.frozen for name in assignment.values())
     if recipe.update.order is Order.SEQUENTIAL and learning and recipe.grpo.minibatches % learning:
         raise ConfigError(
@@ -325,8 +328,8 @@ def make_imaginer(
     if settings is None:
         return None
     if settings.model is ImaginedIn.ORACLE:
-        value = OracleValue.ROLLOUT if settings.value else OracleValue.NONE
-        return Imaginer(settings, team, OracleWorldModel(team, value), trainable, oracle=True)
+        oracle = valued_oracle(team) if settings.value else OracleWorldModel(team)
+        return Imaginer(settings, team, oracle, trainable, oracle=True)
     if model is None:
         raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
     return Imaginer(settings, team, model, trainable)
@@ -351,7 +354,7 @@ def make_message_credit(
     if settings is None:
         return None
     if settings.model is ImaginedIn.ORACLE:
-        model = OracleWorldModel(team, OracleValue.ROLLOUT)
+        model = valued_oracle(team)
     if model is None:
         raise ConfigError("grpo.message_credit imagines in a world model, and the recipe has no world_model section")
     return MessageCredit(settings, team, model, trainable, recipe.seed, world)

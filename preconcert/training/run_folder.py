@@ -69,13 +69,15 @@ def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> No
             raise ConfigError(f"{str(out)!r} already holds a run; use --resume to go on, --fresh to start over")
         # A section that there was not yet when the run began is off by default.
         held = json.loads(Recipe(task=recipe.task).model_dump_json()) | json.loads(file.read_text())
-        for key in sorted((set(held) | set(wanted)) - {"rollout"}):
-            if held.get(key) != wanted.get(key):
+        moved = held["rollout"]["engine"] != wanted["rollout"]["engine"]
+        before, after = _compared(held, moved), _compared(wanted, moved)
+        for key in sorted(set(before) | set(after)):
+            if before.get(key) != after.get(key):
                 raise ConfigError(
-                    f"{str(out)!r} holds a run with {key}={_short(held.get(key))}, "
-                    f"the recipe says {_short(wanted.get(key))}"
+                    f"{str(out)!r} holds a run with {key}={_short(before.get(key))}, "
+                    f"the recipe says {_short(after.get(key))}"
                 )
-        if rank == 0 and held.get("rollout") != wanted["rollout"]:  # where the engine is does not make another run
+        if rank == 0 and held != wanted:  # who samples, and where, does not make another run
             write_json(file, wanted)
         return
     if resume and rank == 0 and out.exists() and any(out.iterdir()):
@@ -85,6 +87,12 @@ def prepare_folder(recipe: Recipe, out: Path, resume: bool, rank: int = 0) -> No
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, wanted)
+
+
+def _compared(recipe: Mapping[str, Any], moved: bool) -> dict[str, Any]:
+    """What a run goes on with: everything but `rollout`, and under another engine the correction that comes with it."""
+    update = {key: value for key, value in recipe["update"].items() if not (moved and key == "correction")}
+    return {**{key: value for key, value in recipe.items() if key != "rollout"}, "update": update}
 
 
 def load_recipe_of(run: Path) -> Recipe:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch.distributed
+from numpy.typing import NDArray
 
 from preconcert.agents import GenerativeTeam
 from preconcert.agents.channel import drawn
-from preconcert.agents.codecs import bits_of
 from preconcert.core import ConfigError, Episode, append_episodes, derive_seed
 from preconcert.training.branching import branch
 from preconcert.training.credit import (
@@ -37,7 +37,7 @@ from preconcert.training.measures import measure
 from preconcert.training.message_costs import MessageLedger
 from preconcert.training.message_credit import MessageCredit
 from preconcert.training.message_meter import meter_of
-from preconcert.training.message_price import MeterName, Per
+from preconcert.training.message_price import check_price
 from preconcert.training.prediction import foretold, pay, payments, prediction_metrics
 from preconcert.training.recipe import Recipe
 from preconcert.training.rollout import EpisodeSpec, rollout
@@ -195,10 +195,11 @@ class GameSource:
         rows = self._rows(play, credit.advantages)
         rows, valued_messages = self._value_messages(iteration, rows, play)
         imagined, figures = self._imagine(iteration, episodes)
-        policy_tokens = sum(int(row.policy.sum()) for row in (*rows, *imagined))
+        of_task = [row.policy for row in (*rows, *imagined)]
+        policy_tokens = sum(int(mask.sum()) for mask in of_task)
         rows, predicted = self._pay_predictions(iteration, rows, episodes, policy_tokens)
         free = [*rows, *imagined]
-        rows, said = self._charge_messages(iteration, free, play)
+        rows, said = self._charge_messages(iteration, free, of_task, play)
         if recipe.grpo.beta == recipe.grpo.entropy == 0.0 and recipe.grpo.loss == "dapo":
             # In a sequential update the ratios of all rows weigh on the agents still to come, those without an
             # advantage included.
@@ -354,7 +355,7 @@ class GameSource:
         blind = replace(self.settings, hindsight=False)
         rows = build_rows(found.episodes, advantages, self.team, self.table, blind)
         if self.messages is not None:
-            rows = self.messages.charged(rows, found.episodes)
+            rows = self.messages.charged(rows, found.episodes, before=found.before)
         offset = sum(episode.steps for episode in episodes)
         rows = [replace(row, joint=np.where(row.joint >= 0, row.joint + offset, -1)) for row in rows]
         figures = {"imagination/rows": float(len(rows)), "imagination_s": time.perf_counter() - started}
@@ -385,22 +386,13 @@ class GameSource:
         """What keeps account of messages; None where they cost nothing.
 
         Raises:
-            ConfigError: the cap is less than the shortest message.
+            ConfigError: as `check_price`.
         """
         recipe, settings = self.recipe, self.recipe.grpo.message_price
         if settings is None:
             return None
-        speech = self.team.format.speech
-        if not speech.slots:
-            raise ConfigError("grpo.message_price: the task has no messages, so there is nothing to pay for")
-        shortest = bits_of(len(speech.slots[0].choices) + 1)
-        per_message = settings.per is Per.MESSAGE and settings.meter is MeterName.RAW
-        if settings.cap_bits is not None and per_message and settings.cap_bits < shortest:
-            raise ConfigError(
-                f"grpo.message_price.cap_bits={settings.cap_bits:g} cannot be met: without a model of what is likely, "
-                f"even saying nothing costs {shortest:.2f} bits; raise it, or set grpo.message_price.meter=prior"
-            )
-        meter = meter_of(settings.meter, speech, recipe.channel, bool(recipe.channels))
+        check_price(settings, self.team.format.speech)
+        meter = meter_of(settings.meter, self.team.format.speech, recipe.channel, bool(recipe.channels))
         return MessageLedger(settings, meter, recipe.grpo.iterations, trainable, self.world)
 
     def _value_messages(
@@ -414,12 +406,16 @@ class GameSource:
         return rows, {**figures, "message_value_s": time.perf_counter() - started}
 
     def _charge_messages(
-        self, iteration: int, rows: list[Row], play: _Play
+        self, iteration: int, rows: list[Row], of_task: Sequence[NDArray[np.bool_]], play: _Play
     ) -> tuple[list[Row], dict[str, float]]:
-        """Rows with what their messages cost, and how much was said; imagined ones have paid already."""
+        """Rows with what their messages cost, and how much was said; imagined ones have paid already.
+
+        Announcements that are paid as predictions (`of_task` says which tokens are not) cost nothing: what they are
+        worth is their truth alone.
+        """
         if self.messages is None:
             return rows, {}
-        charged = self.messages.charged(rows, play.episodes)
+        charged = self.messages.charged(rows, play.episodes, of_task)
         return charged, self.messages.observe(iteration, play.whole)
 
     def _rows(self, play: _Play, advantages: Mapping[TurnKey, Number]) -> list[Row]:

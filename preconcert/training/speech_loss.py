@@ -167,9 +167,10 @@ def pathwise_values(
         return values, None
     at = (places[:, 0], places[:, 1])
     who, length, ids = batch["from_adapter"][at], batch["from_length"][at], batch["from_ids"][at]
-    tokens = values.shape[2]
-    block = torch.nn.functional.pad(ids, (0, tokens))
-    reach = torch.arange(block.shape[1], device=block.device) < (length + tokens)[:, None]
+    tokens = values.shape[2]  # fewer than were said where the channel cuts every message short
+    said = max(len(codec.queries) for codec in codecs.values())
+    block = torch.nn.functional.pad(ids, (0, said))
+    reach = torch.arange(block.shape[1], device=block.device) < (length + said)[:, None]
     heard = {
         "heard_at": batch["from_heard_at"][at],
         "heard_length": batch["from_heard_length"][at],

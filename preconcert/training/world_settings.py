@@ -96,3 +96,10 @@ class WorldModelSettings(BaseModel):
     """Reinforcement learning goes on training the adapter on its own rollouts every so many iterations; 0 is never."""
     refresh_steps: int = Field(20, ge=1)
     """Optimiser steps each time."""
+
+    @model_validator(mode="after")
+    def _sources_have_episodes(self) -> WorldModelSettings:
+        for name, count in (("random", self.random_episodes), ("learner", self.learner_episodes)):
+            if not count and self.training.shares.get(name, 0.0) > 0:
+                raise ValueError(f"{name}_episodes=0, and training.shares draws from them: leave it out of the shares")
+        return self

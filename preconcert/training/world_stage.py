@@ -38,7 +38,7 @@ from preconcert.training.world_data import coverage
 from preconcert.training.world_model import heldout_report, refine, train_world_model
 from preconcert.training.world_rows import LOSSES, Loss, value_range_of, world_row, world_steps
 from preconcert.training.world_settings import WorldModelSettings
-from preconcert.world_models import TokenWorldModel, TokenWorldSettings
+from preconcert.world_models import LegalActions, TokenWorldModel, TokenWorldSettings
 
 ADAPTER = "world"
 """The adapter's name."""
@@ -180,7 +180,8 @@ def _teach(
     scripted = sources.get("scripted") or _play(recipe, "scripted", counts["scripted"], "train", reporter)
     scale = value_range(scripted, env.language.rewards)
     model.add_adapter(ADAPTER, derive_seed(recipe.seed, "adapter", ADAPTER))
-    world = _model_on(recipe, model, env, scale)
+    legal = LegalActions.of((episode for each in sources.values() for episode in each), env.language.actions)
+    world = _model_on(recipe, model, env, scale, legal)
     reporter.stage("world model", settings.training.steps)
     scratch = folder / "scratch"
     seed = derive_seed(recipe.seed, "world model")
@@ -188,12 +189,13 @@ def _teach(
     log = train_world_model(model, world, sources, settings.training, seed, scratch, [progress])
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_adapter(ADAPTER, folder / "adapter")
-    greedy = _model_on(recipe, model, env, scale, TokenWorldSettings(temperature=0.0))
-    free = _model_on(recipe, model, env, scale, TokenWorldSettings(constrained=False))
+    greedy = _model_on(recipe, model, env, scale, legal, TokenWorldSettings(temperature=0.0))
+    free = _model_on(recipe, model, env, scale, legal, TokenWorldSettings(constrained=False))
     found = {
         "value_range": list(scale),
         "tell_partners": settings.tell_partners,
         "own_words": settings.own_words,
+        "legal": legal.to_json(),
         "log": log,
         "coverage": coverage(sources, heldout),
         "heldout": {
@@ -237,7 +239,9 @@ def load_world_model(
     told = world_settings(recipe).model_copy(
         update={name: bool(made.get(name)) for name in ("tell_partners", "own_words")}
     )
-    return _model_on(recipe, model, env, (low, high), settings, told)
+    held = made.get("legal")
+    legal = None if held is None else LegalActions.from_json(held)
+    return _model_on(recipe, model, env, (low, high), legal, settings, told)
 
 
 class WorldRefresh:
@@ -284,12 +288,13 @@ def _model_on(
     model: LanguageModel,
     env: Env,
     scale: tuple[float, float],
+    legal: LegalActions | None,
     settings: TokenWorldSettings | None = None,
     told: WorldModelSettings | None = None,
 ) -> TokenWorldModel:
     told = told or world_settings(recipe)
     turns = TurnFormat(model.tokenizer, env.language, recipe.agent.spans, recipe.agent.memory)
-    return TokenWorldModel(model, _spelling(told, turns, scale), ADAPTER, settings=settings)
+    return TokenWorldModel(model, _spelling(told, turns, scale), ADAPTER, settings=settings, legal=legal)
 
 
 def _spelling(told: WorldModelSettings, turns: TurnFormat, scale: tuple[float, float]) -> WorldFormat:

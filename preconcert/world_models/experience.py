@@ -7,7 +7,6 @@ Returns are undiscounted: values are sums of rewards.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from preconcert.core import (
     UnknownNameError,
     View,
 )
+from preconcert.world_models.legal import LegalActions
 
 Values = tuple[str, ...]
 """The values of a view, one per field."""
@@ -111,8 +111,8 @@ class Setting:
     agents: tuple[str, ...]
     rewards: tuple[float, ...]
     """Every reward of one step, ascending."""
-    legal: Mapping[str, tuple[tuple[str, ...], ...]]
-    """By agent, what it could do before each step, as far as episodes lasted."""
+    legal: LegalActions
+    """What agents could do."""
 
     @classmethod
     def of(cls, episodes: Sequence[Episode], language: TaskLanguage) -> Setting:
@@ -124,20 +124,11 @@ class Setting:
         if not episodes:
             raise ConfigError("a world model needs at least one episode to be fitted to")
         check_view(language)
-        choices: dict[str, dict[int, Counter[tuple[str, ...]]]] = defaultdict(lambda: defaultdict(Counter))
         paid = {float(word) for word in language.rewards}
         for episode in episodes:
-            for agent, mine in episode.trajectories.items():
-                for turn in mine.turns:
-                    choices[agent][turn.observation.step][turn.observation.legal_actions] += 1
-                    paid.add(turn.reward)
-        legal = {
-            agent: tuple(
-                steps[step].most_common(1)[0][0] if step in steps else language.actions
-                for step in range(max(steps) + 1)
-            )
-            for agent, steps in choices.items()
-        }
+            for mine in episode.trajectories.values():
+                paid.update(turn.reward for turn in mine.turns)
+        legal = LegalActions.of(episodes, language.actions)
         return cls(language, tuple(episodes[0].trajectories), tuple(sorted(paid)), legal)
 
     @property
@@ -159,9 +150,8 @@ class Setting:
         """A view like a real one."""
         by_name = {field.name: value for field, value in zip(self.view.fields, values, strict=True)}
         fields = {slot.name: by_name[slot.name] for slot in self.language.forecast if slot.name in by_name}
-        steps = self.legal.get(agent, ())
-        legal = steps[min(step, len(steps) - 1)] if steps else self.language.actions
-        return Observation(agent, self.view.render(values), legal, step, fields)
+        text = self.view.render(values)
+        return Observation(agent, text, self.legal.at(agent, step, text), step, fields)
 
     def inbox(self, agent: str, words: Sequence[str], others: Sequence[str], step: int) -> tuple[Message, ...]:
         """What an agent holds before a step; who is silent has no message in it."""

@@ -34,6 +34,7 @@ from preconcert.models.language_model import (
     ScoreRequest,
 )
 from preconcert.prompts import OWN_TEAM, WorldAnswer, WorldFormat, WorldPart
+from preconcert.world_models.legal import LegalActions
 
 
 class TokenWorldSettings(BaseModel):
@@ -76,6 +77,7 @@ class TokenWorldModel:
         adapter: who writes; None for the base model.
         assignment: adapter by agent, for agents with another one.
         settings: how answers are sampled.
+        legal: what agents may do at imagined moments; None for every action.
 
     Raises:
         UnknownNameError: an adapter that the model does not have.
@@ -88,12 +90,14 @@ class TokenWorldModel:
         adapter: str | None,
         assignment: Mapping[str, str | None] | None = None,
         settings: TokenWorldSettings | None = None,
+        legal: LegalActions | None = None,
     ) -> None:
         self.model = model
         self.format = format
         self.adapter = adapter
         self.assignment = dict(assignment or {})
         self.settings = settings or TokenWorldSettings()
+        self.legal = legal or LegalActions(format.language.actions, {}, {})
         self.tokens_generated = 0
         """Tokens of imagined answers written so far, forced ones included."""
         for name in (adapter, *self.assignment.values()):
@@ -225,7 +229,7 @@ class TokenWorldModel:
             values = view.parse(text)
             fields = {slot.name: values[view.index(slot.name)] for slot in self.format.language.forecast}
         step = belief.observation.step + 1
-        return Observation(belief.agent, text, self.format.language.actions, step, fields)
+        return Observation(belief.agent, text, self.legal.at(belief.agent, step, text), step, fields)
 
     def _inbox(self, belief: TokenBelief, answer: WorldAnswer) -> tuple[Message, ...]:
         """The last message of every sender: what is heard takes the place of what was there."""

@@ -39,12 +39,14 @@ from preconcert.training.imagination import (
     Moment,
     damped_advantages,
     replayed,
+    valued_oracle,
 )
 from preconcert.training.recipe import Recipe
 from preconcert.training.reporter import Silent
 from preconcert.training.rows import GrammarTable, Row, build_rows
 from preconcert.training.run import make_imaginer, train
 from preconcert.training.source import GameSource
+from preconcert.world_models import OracleValue
 from tests.training.teams import (
     AGENTS,
     PARAMS,
@@ -416,3 +418,11 @@ def test_imagining_in_a_world_model_needs_one(starter: TransformersModel) -> Non
         make_imaginer(recipe_of(imagination={}), team, AGENTS, None)
     assert make_imaginer(recipe_of(), team, AGENTS, None) is None
     assert make_imaginer(recipe_of(imagination={}), team, AGENTS, Truth()) is not None
+
+
+@pytest.mark.parametrize("settings", [settings_of(Context.TRANSCRIPT), AgentSettings(memory=2)])
+def test_the_oracles_values_need_agents_without_a_memory(starter: TransformersModel, settings: AgentSettings) -> None:
+    """Where games are played to the end from an imagined moment, turns that were only imagined are not remembered."""
+    with pytest.raises(ConfigError, match=r"agent\.memory=0"):
+        valued_oracle(team_on(starter, settings))
+    assert valued_oracle(team_on(starter, AgentSettings())).value is OracleValue.ROLLOUT

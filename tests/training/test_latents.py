@@ -92,6 +92,7 @@ def by_hand(model: TransformersModel, rows: Sequence[Row], table: GrammarTable) 
                 read = states(model, source.adapter, source.ids, heard, queries=True)
                 mean = theirs.mean(read[None, len(source.ids) :])[0]
                 drawn = torch.tensor(placed.latent.drawn)
+                mean = mean[: len(drawn)]
                 assert torch.allclose(theirs.sent(drawn), values)
                 values = theirs.sent(drawn + mean - mean.detach())
             fills.append(fill(codec.embedded(values[None])[0], placed.start))
@@ -135,6 +136,22 @@ def test_the_trainers_gradient_is_that_of_the_loss_by_hand(
     size = max(float(value.abs().max()) for value in expected.values())
     assert size > 1e-3
     assert float(expected["agent_0 codec.queries"].abs().max()) > 1e-6
+    assert largest_difference(found, expected) < 2e-5 * max(1.0, size)
+
+
+@pytest.mark.parametrize("speech", list(SpeechGradient))
+def test_the_gradient_of_messages_that_were_cut_short(
+    talking: TransformersModel, tmp_path: Path, speech: SpeechGradient
+) -> None:
+    """One of two vectors arrives; senders have read both of their queries all the same."""
+    team = team_on(talking, SETTINGS)
+    episodes = rollout(specs(2, 3), team, ChannelSettings(truncate=1), 0)
+    rows, table = rows_of(team, episodes, uneven, speech=speech)
+    assert {len(placed.latent.values) for row in rows for placed in row.heard} == {1}
+    expected = by_hand(talking, rows, table)
+    found = gradients_of(trainer_on(talking, FixedSource(rows), table, tmp_path), talking)
+    size = max(float(value.abs().max()) for value in expected.values())
+    assert size > 1e-3
     assert largest_difference(found, expected) < 2e-5 * max(1.0, size)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from preconcert.agents import AgentSettings
 from preconcert.core import ConfigError, UnknownNameError, load_episodes
 from preconcert.envs import make_env
+from preconcert.experiments.crossplay import entrants_of
 from preconcert.prompts import SpanSettings
 from preconcert.training.league import LeagueMode, LeagueSettings, Member, Population, evicted, learners_of
 from preconcert.training.matchmaking import Sampler
@@ -278,7 +279,13 @@ def test_a_run_taken_up_again_is_the_same(whole: Path, tmp_path: Path, at: int) 
     with pytest.raises(Stop):
         train(recipe(), out, reporter=Stopper(at))
     assert (out / "league" / f"team@{at - 1}").is_dir()
+    (out / "league" / ".team@9-half-written").mkdir()
     train(recipe(), out, resume=True)
+    assert not [folder for folder in (out / "league").iterdir() if folder.name.startswith(".")]
+    entrants = entrants_of(out, 0)
+    (out / "league" / ".team@9-half-written").mkdir()
+    assert entrants_of(out, 0) == entrants
+    (out / "league" / ".team@9-half-written").rmdir()
     assert log_of(out) == log_of(whole)
     for folder in ("adapters", "league"):
         assert_equal(weights(out / folder), weights(whole / folder))

@@ -74,6 +74,35 @@ def costs_of(episodes: list[Episode], price: float = 1.0, redundancy: float = 0.
 # ---- who is charged what
 
 
+def test_an_episode_that_begins_in_the_midst_knows_what_was_said_before() -> None:
+    episodes = group(("a b", "a b"), ("c b", "a c"))
+    before = Message("me", ("other",), "a c", 1.0, 2, 0)
+    found = written(episodes, {"me"}, (before, None))
+    assert [repeats(each) for each in found.values()] == [(True, False), (True, True), (False, False), (False, False)]
+    assert next(repeats(each) for each in written(episodes, {"me"}).values()) == (False, False)
+
+
+def test_what_is_paid_as_a_prediction_is_not_charged(starter: TransformersModel) -> None:
+    """Announced actions carry a pay for being true, all other words of a message the task's advantage."""
+    team = team_on(starter, AgentSettings())
+    announced = {"announcement": 0.5}
+    rows = []
+    for prediction, price in ((None, None), (announced, None), (announced, {"redundancy": 0.3})):
+        more = {"message_price": price, "prediction": prediction, "seeds": 2, "group": 4}
+        source = GameSource(recipe_of(**more), team, GrammarTable(), frozenset(AGENTS), None)
+        rows.append({row.name: row for row in source.collect(0).rows})
+    plain, paid, charged = rows
+    changed = announcements = 0
+    for name in plain.keys() & paid.keys() & charged.keys():
+        of_task, moved = plain[name].policy, charged[name].advantages != paid[name].advantages
+        assert not moved[~of_task].any(), "a pay stays what it is"
+        assert (charged[name].policy == paid[name].policy).all()
+        changed += int(moved[of_task].sum())
+        announcements += int((paid[name].policy & ~of_task & (paid[name].kinds == SAY)).sum())
+    assert changed > 0
+    assert announcements > 0
+
+
 def test_a_word_pays_for_itself_and_for_what_follows_in_its_message() -> None:
     """First entry 1 bit, second 3: silence 1, any message that begins with a word 4."""
     costs = costs_of(group(("a b",), ("a",), ("",), ("c d",)), price=0.5)
@@ -476,6 +505,14 @@ def test_a_resumed_run_has_the_same_prices_and_bits(tmp_path: Path, meter: str) 
         ({"ramp": 0.2}, {}, "no cap_bits"),
         (None, {"agent": {"codec": "intention"}, "world_model": {}}, "not codec=intention"),
         (None, {"grpo": {"prediction": {}}}, "announcement=0"),
+        ({"redundancy": 0.1}, {"grpo": {"credit": "agent-turn"}}, "first turns of branches"),
+        ({"meter": "prior", "price": 0.1}, {"grpo": {"credit": "agent-turn"}}, "first turns of branches"),
+        (None, {"agent": {"codec": "slots"}, "world_model": {}, "channel": {"truncate": 1}}, "with truncate cuts them"),
+        (
+            None,
+            {"agent": {"codec": "slots"}, "world_model": {}, "channels": {"tight": {"cap_bits": 3}}},
+            "with cap_bits cuts them",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(price: Any, more: dict[str, Any], said: str) -> None:
@@ -492,6 +529,12 @@ def test_a_cap_below_silence_is_refused(starter: TransformersModel) -> None:
         GameSource(recipe, team, GrammarTable(), frozenset(AGENTS), None)
     coded = recipe_with({"cap_bits": 1.5, "meter": "prior"})
     assert GameSource(coded, team, GrammarTable(), frozenset(AGENTS), None).messages is not None
+
+
+def test_a_cap_below_silence_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"even saying nothing costs 2\.00 bits"):
+        train(recipe_with({"cap_bits": 1.5}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rollout_charges_what_it_logs(starter: TransformersModel) -> None:

@@ -164,6 +164,23 @@ def test_a_run_goes_on_with_another_server(tmp_path: Path) -> None:
     assert load_recipe_of(tmp_path / "run") == moved
 
 
+def test_a_run_goes_on_with_another_engine_and_its_correction(tmp_path: Path) -> None:
+    content = recipe_of(iterations=2).model_dump()
+    run = tmp_path / "run"
+    prepare_folder(Recipe.model_validate(content), run, resume=False)
+    del content["update"]["correction"]
+    moved = Recipe.model_validate({**content, "rollout": {"engine": "vllm"}})
+    assert moved.update.correction == 2.0
+    prepare_folder(moved, run, resume=True)
+    assert load_recipe_of(run) == moved
+    for update in ({"correction": 3.0}, {"compound_clip": 1.5}):
+        other = Recipe.model_validate(
+            {**moved.model_dump(), "update": {**moved.update.model_dump(), **update}}
+        )
+        with pytest.raises(ConfigError, match="holds a run with update="):
+            prepare_folder(other, run, resume=True)
+
+
 def test_a_run_goes_on_that_began_before_there_was_a_section(tmp_path: Path) -> None:
     recipe, file = recipe_of(iterations=2), tmp_path / "run" / "recipe.json"
     prepare_folder(recipe, tmp_path / "run", resume=False)

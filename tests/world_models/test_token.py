@@ -16,7 +16,7 @@ from preconcert.models import LoraSettings, ScoreRequest, TransformersModel, bui
 from preconcert.prompts import SpanSettings, TurnFormat, WorldAnswer, WorldFormat, starter_words
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
 from preconcert.training.world_rows import Step, world_steps
-from preconcert.world_models import TokenBelief, TokenWorldModel, TokenWorldSettings
+from preconcert.world_models import LegalActions, TokenBelief, TokenWorldModel, TokenWorldSettings
 from tests.training.teams import LORA, PARAMS, SHAPE, TASK, chat_checkpoint, load
 
 PARAMS_3 = {**PARAMS, "agents": 3}
@@ -120,6 +120,19 @@ def test_partners_are_the_own_team_unless_it_is_said(make: Make, steps: list[Ste
     assert (own.partners, others.partners) == ("learner", "random")
     (after,) = world.advance([others], [step.move], [1])
     assert after.belief.partners == "random"
+
+
+def test_imagined_views_allow_what_real_ones_did(make: Make, steps: list[Step]) -> None:
+    world = make()
+    first, *others = world.format.language.actions
+    world.legal = LegalActions(world.format.language.actions, {steps[0].belief.agent: ((first,), tuple(others))}, {})
+    beliefs = [replace(step.belief, observation=replace(step.belief.observation, step=0)) for step in steps[:8]]
+    imagined = world.advance(beliefs, [blind(s) for s in steps[:8]], list(range(8)))
+    for belief, step in zip(beliefs, imagined, strict=True):
+        assert step.observation is not None
+        known = belief.agent == steps[0].belief.agent
+        assert step.observation.legal_actions == (tuple(others) if known else world.format.language.actions)
+    assert {belief.agent for belief in beliefs} > {steps[0].belief.agent}
 
 
 def test_own_words_stay_until_others_are_said(make: Make, steps: list[Step]) -> None:
