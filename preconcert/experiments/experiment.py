@@ -60,6 +60,8 @@ class ExperimentTask:
     """Unique within the experiment."""
     recipe: Mapping[str, Any]
     """As in a YAML recipe, without the seed."""
+    seeds: int | None = None
+    """Instead of the plan's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,11 @@ def plan_of(experiment: Experiment, scale: Scale, tasks: Sequence[str] = ()) -> 
     )
 
 
+def seeds_of(plan: Plan) -> dict[str, int]:
+    """How many each task has."""
+    return {task.name: task.seeds or plan.seeds for task in plan.tasks}
+
+
 def cells_of(
     experiment: Experiment, scale: Scale, seeds: int | None = None, tasks: Sequence[str] = ()
 ) -> list[Cell]:
@@ -182,10 +189,10 @@ def cells_of(
     plan = plan_of(experiment, scale, tasks)
     return [
         Cell(arm.name, task.name, seed, experiment.work, resolve(arm, task, seed), {**plan.options, **arm.options})
-        for seed in range(seeds or plan.seeds)
+        for seed in range(seeds or max(seeds_of(plan).values()))
         for arm in plan.arms
         for task in plan.tasks
-        if not arm.tasks or task.name in arm.tasks
+        if seed < (seeds or task.seeds or plan.seeds) and (not arm.tasks or task.name in arm.tasks)
     ]
 
 

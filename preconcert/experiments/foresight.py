@@ -59,7 +59,9 @@ STANDARD = Plan(
     arms=(*PREDICTIONS, *IMAGINATIONS),
     tasks=(
         ExperimentTask(
-            "rendezvous", {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 24, "seeds": 8, "group": 8}}
+            "rendezvous",
+            {**_LEAN, "task": "rendezvous", "grpo": {"iterations": 24, "seeds": 8, "group": 8}},
+            seeds=10,
         ),
         ExperimentTask(
             "box-push",
@@ -69,6 +71,7 @@ STANDARD = Plan(
                 "warm_start": {"episodes": 4000, "steps": 900},
                 "grpo": {"hindsight_weight": 0.1, "iterations": 24, "seeds": 8, "group": 4},
             },
+            seeds=10,
         ),
         ExperimentTask(
             "rendezvous-world",
@@ -81,7 +84,7 @@ STANDARD = Plan(
         ),
     ),
     seeds=5,
-    options={"episodes": 200},
+    options={"episodes": 400},
 )
 FULL = Plan(
     arms=(*PREDICTIONS, *IMAGINATIONS),

@@ -19,7 +19,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from preconcert.core import ConfigError
 from preconcert.experiments.cell import FOUND
-from preconcert.experiments.experiment import CellResult, Experiment, Plan, Scale, cells_of, folder_name, plan_of
+from preconcert.experiments.experiment import (
+    CellResult,
+    Experiment,
+    Plan,
+    Scale,
+    cells_of,
+    folder_name,
+    plan_of,
+    seeds_of,
+)
 from preconcert.experiments.figures import inlined, png
 from preconcert.experiments.provenance import commit, machine, versions
 from preconcert.experiments.replay import write_page
@@ -38,7 +47,8 @@ class Result:
     experiment: Experiment
     scale: Scale
     plan: Plan
-    seeds: int
+    seeds: Mapping[str, int]
+    """By task."""
     cells: Sequence[CellResult]
     report: Report
     command: str
@@ -66,9 +76,15 @@ class Result:
         found = list(self.experiment.limits)
         if self.scale is Scale.SMOKE:
             found.insert(0, "This is the smoke scale. It shows that everything runs; the numbers mean nothing.")
-        elif self.seeds < ENOUGH_SEEDS:
-            found.insert(0, f"With {self.seeds} seeds instead of at least {ENOUGH_SEEDS} this is exploratory.")
+        elif min(self.seeds.values()) < ENOUGH_SEEDS:
+            found.insert(0, f"With {self.seeds_told} seeds instead of at least {ENOUGH_SEEDS} this is exploratory.")
         return found
+
+    @property
+    def seeds_told(self) -> str:
+        """How many, for people: one number, or one for each task."""
+        counts = set(self.seeds.values())
+        return str(*counts) if len(counts) == 1 else ", ".join(f"{task} {n}" for task, n in self.seeds.items())
 
     @property
     def mixed(self) -> list[str]:
@@ -82,7 +98,7 @@ class Result:
             "experiment": self.experiment.name,
             "question": self.experiment.question,
             "scale": self.scale.value,
-            "seeds": self.seeds,
+            "seeds": dict(self.seeds),
             "command": self.command,
             "findings": [{"text": finding.text, "clear": finding.clear} for finding in self.report.findings],
             "tables": [table.to_json() for table in self.report.tables],
@@ -165,7 +181,7 @@ def carry_out_experiment(
         experiment=experiment,
         scale=scale,
         plan=plan,
-        seeds=seeds or plan.seeds,
+        seeds={task: seeds or count for task, count in seeds_of(plan).items()},
         cells=found,
         report=experiment.report(plan, found),
         command=shlex.join(words),
@@ -253,7 +269,7 @@ def _numbers(result: Result) -> list[tuple[str, str]]:
         ("scale", result.scale.value),
         ("arms", str(len(plan.arms))),
         ("tasks", ", ".join(task.name for task in plan.tasks)),
-        ("seeds", str(result.seeds)),
+        ("seeds", result.seeds_told),
         ("cells", f"{len(done)} of {len(result.cells)}"),
         ("computing time", f"{sum(seconds.values()) / 3600:.2f} hours on one core each"),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from preconcert.experiments.credit import CREDIT, STANDARD, at_budget, budgets, contrasts
-from preconcert.experiments.experiment import Scale
+from preconcert.experiments.experiment import Scale, seeds_of
 from preconcert.experiments.page import PAGE, RESULT, Result, write_result
 from preconcert.experiments.report import ReportTable, show
 from preconcert.experiments.statistics import Estimate
@@ -28,7 +28,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cells = cells_like(STANDARD, outcome)
     made = {"commit": "0" * 40, "versions": {"torch": "1"}, "machine": {"cores": 2, "gpu": None}, "at": "now"}
     report = CREDIT.report(STANDARD, cells)
-    result = Result(CREDIT, Scale.STANDARD, STANDARD, 5, cells, report, "preconcert experiment credit", made)
+    command = "preconcert experiment credit"
+    result = Result(CREDIT, Scale.STANDARD, STANDARD, seeds_of(STANDARD), cells, report, command, made)
     out = tmp_path_factory.mktemp("credit")
     write_result(result, out)
     return out

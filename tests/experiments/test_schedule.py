@@ -120,6 +120,21 @@ def test_the_hash_is_of_what_is_done(tmp_path: Path) -> None:
         run_cells([cell], tmp_path, 0)
 
 
+def test_a_task_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    chosen = experiment(1)
+    plan = chosen.plans[Scale.SMOKE]
+    (task,) = plan.tasks
+    tasks = (task, replace(task, name="more", seeds=3))
+    chosen = replace(chosen, plans={Scale.SMOKE: replace(plan, tasks=tasks)})
+    found = [(cell.task, cell.seed) for cell in cells_of(chosen, Scale.SMOKE)]
+    assert found == [("meet", 0), ("more", 0), ("more", 1), ("more", 2)]
+    assert [cell.task for cell in cells_of(chosen, Scale.SMOKE, seeds=2)] == ["meet", "more"] * 2
+    assert len(cells_of(chosen, Scale.SMOKE, tasks=["more"])) == 3
+    carry_out_experiment(chosen, Scale.SMOKE, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["seeds"] == {"meet": 1, "more": 3}
+    assert "meet 1, more 3" in (tmp_path / "index.html").read_text()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds no experiment"):
@@ -191,7 +206,7 @@ def test_few_seeds_and_smoke_are_said_to_show_little() -> None:
     plan = Plan((), (), 2)
     chosen = Experiment("quick", "?", {Scale.SMOKE: plan, Scale.FULL: plan}, WORK, report, ("Nothing else.",))
     for scale, says in ((Scale.SMOKE, "numbers mean nothing"), (Scale.FULL, "2 seeds")):
-        result = Result(chosen, scale, plan, 2, [], report(plan, []), "", {})
+        result = Result(chosen, scale, plan, {"meet": 2}, [], report(plan, []), "", {})
         assert len(result.limits) == 2
         assert says in result.limits[0]
 
