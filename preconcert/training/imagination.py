@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from preconcert.agents import Context, GenerativeTeam
+from preconcert.agents import AgentSettings, Context, GenerativeTeam
 from preconcert.agents.team import Memory
 from preconcert.core import (
     ConfigError,
@@ -126,12 +126,22 @@ def valued_oracle(policy: Rehearsing) -> OracleWorldModel:
     Raises:
         ConfigError: a team that remembers its turns, of which those that are only imagined are no part.
     """
-    if isinstance(policy, GenerativeTeam) and policy.settings.remembers:
+    if isinstance(policy, GenerativeTeam):
+        check_memory(policy.settings)
+    return OracleWorldModel(policy, OracleValue.ROLLOUT)
+
+
+def check_memory(settings: AgentSettings) -> None:
+    """Can an oracle have values from games of such agents?
+
+    Raises:
+        ConfigError: they remember their turns, and those that are only imagined they do not.
+    """
+    if settings.remembers:
         raise ConfigError(
             "the oracle's values need agent.memory=0 and agent.context=turn: agents that play on from an imagined "
             "moment would not remember the imagined turns before it"
         )
-    return OracleWorldModel(policy, OracleValue.ROLLOUT)
 
 
 def damped_advantages(

@@ -402,11 +402,6 @@ class Recipe(BaseModel):
         codec, priced, paid = self.agent.codec, self.grpo.message_price, self.grpo.prediction
         if codec.type != "slots" and self.world_model is not None:
             raise ValueError(f"a world_model foretells every word of the task's message slots, not codec={codec.type}")
-        cutting = [name for name in ("truncate", "cap_bits", "cap_episode_bits") if self._cuts(name)]
-        if self.world_model is not None and cutting:
-            raise ValueError(
-                f"a world_model foretells whole messages, and a channel with {cutting[0]} cuts them: leave one out"
-            )
         if codec.type in ("raw-state", "intention") and self.league is not None and self.league.scripts:
             raise ValueError(f"a league's scripts talk in the task's message slots, not in codec={codec.type}")
         if codec.type == "learned" and paid is not None and paid.announcement:
@@ -436,10 +431,6 @@ class Recipe(BaseModel):
             raise ValueError(
                 "grpo.message_price needs update.ratio=token: others put messages and actions into one number"
             )
-
-    def _cuts(self, name: str) -> bool:
-        """Does any channel of the training cut messages in this way?"""
-        return any(getattr(each, name, None) is not None for each in (self.channel, *self.channels.values()))
 
     def _message_credit_fits(self) -> None:
         if self.grpo.message_credit is None:

@@ -48,7 +48,7 @@ from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer
-from preconcert.training.imagination import ImaginedIn, Imaginer, valued_oracle
+from preconcert.training.imagination import ImaginedIn, Imaginer, check_memory, valued_oracle
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_stage import train_latent_stage
 from preconcert.training.league import League, gather
@@ -142,14 +142,22 @@ def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
         raise ConfigError(f"grpo.report_to={wanted}: the package {wanted!r} is not installed; pip install {wanted}")
     if recipe.world_model is not None and ADAPTER in adapter_names(recipe, assignment):
         raise ConfigError(f"adapter {ADAPTER!r} is the world model's; give the agents' another name")
+    channels = (recipe.channel, *recipe.channels.values())
+    for name in ("truncate", "cap_bits", "cap_episode_bits"):
+        if recipe.world_model is not None and any(getattr(each, name, None) is not None for each in channels):
+            raise ConfigError(f"a world_model foretells whole messages, and a channel with {name} cuts them")
     imagined = recipe.grpo.imagination
     if imagined is not None and imagined.model is ImaginedIn.WORLD and recipe.world_model is None:
         raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
+    if imagined is not None and imagined.model is ImaginedIn.ORACLE and imagined.value:
+        check_memory(recipe.agent)
     valued = recipe.grpo.message_credit
     if valued is not None and valued.model is ImaginedIn.WORLD and recipe.world_model is None:
         raise ConfigError("grpo.message_credit imagines in a world model, and the recipe has no world_model section")
     if recipe.grpo.message_price is not None:
         check_price(recipe.grpo.message_price, codec_of(recipe.agent.codec, env.language, recipe.agent.spans).speech)
+    if valued is not None and valued.model is ImaginedIn.ORACLE:
+        check_memory(recipe.agent)
     learning = sum(name not in recipe.frozen for name in assignment.values())
     if recipe.update.order is Order.SEQUENTIAL and learning and recipe.grpo.minibatches % learning:
         raise ConfigError(

@@ -507,12 +507,6 @@ def test_a_resumed_run_has_the_same_prices_and_bits(tmp_path: Path, meter: str) 
         (None, {"grpo": {"prediction": {}}}, "announcement=0"),
         ({"redundancy": 0.1}, {"grpo": {"credit": "agent-turn"}}, "first turns of branches"),
         ({"meter": "prior", "price": 0.1}, {"grpo": {"credit": "agent-turn"}}, "first turns of branches"),
-        (None, {"agent": {"codec": "slots"}, "world_model": {}, "channel": {"truncate": 1}}, "with truncate cuts them"),
-        (
-            None,
-            {"agent": {"codec": "slots"}, "world_model": {}, "channels": {"tight": {"cap_bits": 3}}},
-            "with cap_bits cuts them",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(price: Any, more: dict[str, Any], said: str) -> None:

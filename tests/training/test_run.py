@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from preconcert.config import override_play
 from preconcert.core import ConfigError, GateError, UnknownNameError, load_episodes
 from preconcert.training.recipe import GateSettings, Recipe
 from preconcert.training.run import train
@@ -55,3 +57,24 @@ def test_wrong_names_are_refused(tmp_path: Path) -> None:
         train(small(adapters={"agent_3": "x"}), tmp_path / "b")
     with pytest.raises(ConfigError, match="every adapter is frozen"):
         train(small(frozen=("agent_0", "agent_1")), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"world_model": {}, "channel": {"truncate": 1}}, "channel with truncate cuts them"),
+        ({"world_model": {}, "channels": {"tight": {"cap_bits": 3}}}, "channel with cap_bits cuts them"),
+        ({"agent": {"memory": 2}, "grpo": {"imagination": {"model": "oracle"}}}, r"agent\.memory=0"),
+        ({"agent": {"memory": 2}, "grpo": {"message_credit": {"model": "oracle"}}}, r"agent\.memory=0"),
+    ],
+)
+def test_what_cannot_be_imagined_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        train(Recipe.model_validate({"task": "rendezvous", **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_world_model_plays_over_any_channel() -> None:
+    """Only its training needs whole messages: answers are written there, prompts read short ones."""
+    trained = Recipe.model_validate({"task": "rendezvous", "world_model": {}})
+    assert override_play(trained, ["channel.truncate=1"]).channel.truncate == 1
