@@ -131,7 +131,8 @@ def test_a_task_may_have_seeds_of_its_own(tmp_path: Path) -> None:
     assert [cell.task for cell in cells_of(chosen, Scale.SMOKE, seeds=2)] == ["meet", "more"] * 2
     assert len(cells_of(chosen, Scale.SMOKE, tasks=["more"])) == 3
     carry_out_experiment(chosen, Scale.SMOKE, tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text())["seeds"] == {"meet": 1, "more": 3}
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert (written["seeds"], written["seeds_by_task"]) == (1, {"meet": 1, "more": 3})
     assert "meet 1, more 3" in (tmp_path / "index.html").read_text()
 
 
