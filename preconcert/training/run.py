@@ -18,7 +18,6 @@ The run folder:
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig
 
-from preconcert.agents import GenerativeTeam, codec_of
+from preconcert.agents import GenerativeTeam
 from preconcert.core import (
     ConfigError,
     Env,
@@ -42,30 +41,29 @@ from preconcert.core import (
     keep_episodes_before,
 )
 from preconcert.envs import make_env
-from preconcert.models import LanguageModel, TransformersModel, check_model_name
+from preconcert.models import LanguageModel, TransformersModel
 from preconcert.training.checkpoint_marker import latest_checkpoint
 from preconcert.training.credit import ChainedGAECredit
 from preconcert.training.critic import Critic
 from preconcert.training.gate import GateResult, check_gate, run_gate
 from preconcert.training.grpo import MultiAgentGRPOTrainer
-from preconcert.training.imagination import ImaginedIn, Imaginer, check_memory, valued_oracle
+from preconcert.training.imagination import ImaginedIn, Imaginer, valued_oracle
 from preconcert.training.json_file import write_json
 from preconcert.training.latent_stage import train_latent_stage
 from preconcert.training.league import League, gather
 from preconcert.training.message_credit import CHECK, MessageCredit, passed
-from preconcert.training.message_price import check_price
 from preconcert.training.ppo import MultiAgentPPOTrainer
-from preconcert.training.recipe import STARTER, Algorithm, Recipe
+from preconcert.training.preflight import check_run
+from preconcert.training.recipe import Algorithm, Recipe
 from preconcert.training.reporter import Reporter, Silent
 from preconcert.training.rows import GrammarTable
 from preconcert.training.run_folder import RESULT, adapter_names, assign, base_of, load_model, prepare_folder
 from preconcert.training.sampler import Publisher, check_engine, publisher_of, rollout_engine
 from preconcert.training.source import GameSource, record_name
-from preconcert.training.update import Order
 from preconcert.training.warm_cache import WarmCache
 from preconcert.training.warm_stage import warm_start
 from preconcert.training.warm_start import WarmStartMethod
-from preconcert.training.world_stage import ADAPTER, WorldRefresh, load_world_model, train_stage
+from preconcert.training.world_stage import WorldRefresh, load_world_model, train_stage
 from preconcert.world_models import OracleWorldModel, TokenWorldModel
 
 PUBLISHED = "published"
@@ -101,7 +99,7 @@ def train(
     rank, world = _process()
     env = make_env(recipe.task, recipe.params, 0, "train")
     assignment = assign(recipe, env)
-    _check(recipe, env, assignment)
+    check_run(recipe, env, assignment)
     check_engine(recipe.rollout, world)
     prepare_folder(recipe, out, resume, rank)
     names = adapter_names(recipe, assignment)
@@ -131,39 +129,6 @@ def train(
             model.save_adapter(name, out / "adapters" / name)
         write_json(out / RESULT, {"iterations": recipe.grpo.iterations, "seed": recipe.seed, "finished": True})
     return out
-
-
-def _check(recipe: Recipe, env: Env, assignment: Mapping[str, str]) -> None:
-    """What can be known to fail before anything is made."""
-    if recipe.model != STARTER:
-        check_model_name(recipe.model)
-    wanted = recipe.grpo.report_to
-    if wanted != "none" and importlib.util.find_spec(wanted) is None:
-        raise ConfigError(f"grpo.report_to={wanted}: the package {wanted!r} is not installed; pip install {wanted}")
-    if recipe.world_model is not None and ADAPTER in adapter_names(recipe, assignment):
-        raise ConfigError(f"adapter {ADAPTER!r} is the world model's; give the agents' another name")
-    channels = (recipe.channel, *recipe.channels.values())
-    for name in ("truncate", "cap_bits", "cap_episode_bits"):
-        if recipe.world_model is not None and any(getattr(each, name, None) is not None for each in channels):
-            raise ConfigError(f"a world_model foretells whole messages, and a channel with {name} cuts them")
-    imagined = recipe.grpo.imagination
-    if imagined is not None and imagined.model is ImaginedIn.WORLD and recipe.world_model is None:
-        raise ConfigError("grpo.imagination plays in a world model, and the recipe has no world_model section")
-    if imagined is not None and imagined.model is ImaginedIn.ORACLE and imagined.value:
-        check_memory(recipe.agent)
-    valued = recipe.grpo.message_credit
-    if valued is not None and valued.model is ImaginedIn.WORLD and recipe.world_model is None:
-        raise ConfigError("grpo.message_credit imagines in a world model, and the recipe has no world_model section")
-    if recipe.grpo.message_price is not None:
-        check_price(recipe.grpo.message_price, codec_of(recipe.agent.codec, env.language, recipe.agent.spans).speech)
-    if valued is not None and valued.model is ImaginedIn.ORACLE:
-        check_memory(recipe.agent)
-    learning = sum(name not in recipe.frozen for name in assignment.values())
-    if recipe.update.order is Order.SEQUENTIAL and learning and recipe.grpo.minibatches % learning:
-        raise ConfigError(
-            f"update.order=sequential: grpo.minibatches={recipe.grpo.minibatches} is no multiple of the {learning} "
-            "agents that learn"
-        )
 
 
 def _gate(
