@@ -224,6 +224,13 @@ ARMS = (
         options={"subject": "token"},
         tasks=("rendezvous", "box-push"),
     ),
+    ExperimentArm(
+        "token-recalling",
+        "token model, three earlier moments shown",
+        {"world_model.recall": 3},
+        options={"subject": "token"},
+        tasks=("rendezvous", "pursuit"),
+    ),
     ExperimentArm("recurrent", "recurrent model", options={"subject": "recurrent"}),
     ExperimentArm("copy-last", "copy last", options={"subject": "copy-last"}),
     ExperimentArm("count-table", "count table", options={"subject": "count-table"}),
@@ -318,7 +325,7 @@ WORLD_MODEL = Experiment(
         "models draw.",
         "The token model goes on from what the agent has before it, not from all that it saw: what a partner said two "
         "steps ago may be contradicted by what it is imagined to say now. Over 30 steps that makes imagined teamwork "
-        "worse than real teamwork.",
+        "worse than real teamwork. One that is shown three earlier moments is measured on rendezvous and pursuit.",
         "Half of the moments that are asked about are chosen such that a horizon falls on the last step, so ends are "
         "commoner than in play, and AUROC is not the share of ends that would be found there.",
         "What an agent cannot see (a partner out of sight, the open landmark before it is named) is part of the "

@@ -14,7 +14,8 @@ SUBJECT = "token"
 """The arm that the targets are about."""
 UNTOLD, WORDLESS = "token-untold", "token-wordless"
 """Token models whose prompts lack something."""
-"""The same without being told whose play it is."""
+RECALLING = "token-recalling"
+"""The token model whose prompts show earlier moments."""
 SHUFFLED, TABLE = "shuffled", "count-table"
 RIVALS = ("copy-last", "recurrent")
 MODES = {"a": "true joint actions given", "b": "teammates imagined"}
@@ -234,7 +235,28 @@ def _gaps(plan: Plan, readings: Readings) -> list[Finding]:
             told = readings.compare(SUBJECT, arm, measure_named("mate_ce_a_1"), task.name)
             if told is not None:
                 found.append(_of_being_told(readings, task.name, arm, what, told))
+        recalled = _of_recalling(plan, readings, task.name)
+        found += [] if recalled is None else [recalled]
     return found
+
+
+def _of_recalling(plan: Plan, readings: Readings, task: str) -> Finding | None:
+    """What it is worth that prompts show earlier moments, by the error at every horizon."""
+    said: list[str] = []
+    clear = False
+    for h in horizons_of(plan):
+        found = readings.compare(RECALLING, SUBJECT, measure_named(f"mse_a_{h}"), task)
+        if found is not None:
+            clear = clear or found.verdict != 0
+            by = found.difference
+            said.append(f"{by.value:+.4f} (95%: {by.low:+.4f} to {by.high:+.4f}) at {h}")
+    if not said:
+        return None
+    text = f"{task}: shown three earlier moments, the token model's error differs by {', '.join(said)} steps"
+    ratios = [readings.estimate(arm, measure_named("free_ratio"), task) for arm in (RECALLING, SUBJECT)]
+    if ratios[0] is not None and ratios[1] is not None:
+        text += f"; the ratio of success in the world to that inside it is {_said(ratios[0])} beside {_said(ratios[1])}"
+    return Finding(f"{text}.", clear)
 
 
 def _of_being_told(readings: Readings, task: str, untold: str, what: str, costs: Comparison) -> Finding:

@@ -10,12 +10,12 @@ from preconcert.prompts.speech import SILENCE, STOP, Speech, whole_messages
 from preconcert.prompts.turn_format import TurnFormat, Written
 from preconcert.prompts.turn_grammar import DONE_WORDS, Piece, turn_pieces
 from preconcert.prompts.vocabulary import starter_words
-from preconcert.prompts.world_format import OWN_TEAM, PARTNERS, WorldFormat, WorldWritten
+from preconcert.prompts.world_format import OWN_TEAM, PARTNERS, Earlier, WorldFormat, WorldWritten, recent_of
 from preconcert.prompts.world_grammar import VALUES, WorldAnswer, WorldPart, WorldSpan
 
 __all__ = [
     "DONE_WORDS", "END_OF_PLAY", "OWN_TEAM", "PARTNERS", "SILENCE", "STOP", "VALUES", "Automaton", "AutomatonBuilder",
-    "Grammar", "Piece", "Reading", "SpanSettings", "Speech", "TurnContent", "TurnFormat", "WorldAnswer",
+    "Earlier", "Grammar", "Piece", "Reading", "SpanSettings", "Speech", "TurnContent", "TurnFormat", "WorldAnswer",
     "WorldFormat", "WorldPart", "WorldSpan", "WorldWritten", "Written", "chat_template", "ebnf", "own_template",
-    "starter_words", "turn_pieces", "whole_messages",
+    "recent_of", "starter_words", "turn_pieces", "whole_messages",
 ]

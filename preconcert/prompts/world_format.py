@@ -2,13 +2,16 @@
 
 A row is an agent's turn prompt, the move, and the answer:
 
-    ... <turn>  [<from> ME w w] [<by> KIND] <say> w w <act> a  [<intend> NAME a …]
+    ... <turn>  [EARLIER …] [<from> ME w w] [<by> KIND] <say> w w <act> a  [<intend> NAME a …]
         |  [<intend> NAME a …] <foresee> view r d <say> NAME w w v
 
+    EARLIER is  <from> NAME w w … <see> view <say> w w <act> a
+
 Other agents' actions that are given stand on the prompt's side of the line, the rest on the answer's, in the same
-spelling. The words after ME are the agent's own last ones, which the others have now heard. KIND says whose play the
-others' is: what follows on a view among partners who act at random is not what follows on it among the team's own.
-Parts: `WorldFormat` and `WorldWritten`. The grammar of the answer is in `world_grammar.py`.
+spelling. EARLIER are the moments before this one, the oldest first: what was heard and seen, said and done. The words
+after ME are the agent's own last ones, which the others have now heard. KIND says whose play the others' is: what
+follows on a view among partners who act at random is not what follows on it among the team's own.
+Parts: `WorldFormat`, `Earlier` and `WorldWritten`. The grammar of the answer is in `world_grammar.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from preconcert.core import GrammarError, Message, Move, Observation, UnknownNameError
 from preconcert.prompts.automaton import Automaton
@@ -33,10 +37,25 @@ from preconcert.prompts.world_grammar import (
     world_pieces,
 )
 
+T = TypeVar("T")
+
 BY = "<by>"
 PARTNERS = ("random", "scripted", "learner")
 """Kinds of partners: uniform over legal actions, the task's imperfect player, the team itself."""
 OWN_TEAM = "learner"
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A moment that is over, as one agent lived it."""
+
+    view: str
+    """The text of what it saw."""
+    heard: tuple[tuple[str, str], ...]
+    """What it had heard last from each other agent, by sender; who was silent is not in it."""
+    said: str | None
+    """Its message of that moment."""
+    action: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +77,7 @@ class WorldFormat:
             the least and the greatest reward of one step, with 0.
         tells_partners: do prompts say whose play the others' is?
         own_words: do prompts say what the agent itself said last?
+        recall: how many earlier moments prompts show.
 
     Raises:
         GrammarError: the view lacks a field that agents foretell, or the tokenizer does not tell the value's digits
@@ -70,6 +90,7 @@ class WorldFormat:
         value_range: tuple[float, float] | None = None,
         tells_partners: bool = False,
         own_words: bool = False,
+        recall: int = 0,
     ) -> None:
         self.turns = turns
         self.tells_partners = tells_partners
@@ -78,6 +99,7 @@ class WorldFormat:
         self.compact = turns.compact
         self.talks = turns.spans.say and bool(self.language.message)
         self.own_words = own_words and self.talks
+        self.recall = recall
         self.valued = bool(self.language.rewards)
         if value_range is None:
             sums = [0.0, *(float(word) for word in self.language.rewards)]
@@ -92,6 +114,7 @@ class WorldFormat:
                     raise GrammarError(f"agents foretell {slot.name!r}, which is no field of the view")
         self._compile = lru_cache(maxsize=4096)(self._compile_uncached)
         self._prompt = lru_cache(maxsize=65536)(self._prompt_uncached)
+        self._earlier = lru_cache(maxsize=65536)(self._earlier_uncached)
         self._value_state = lru_cache(maxsize=4096)(self._value_state_uncached)
 
     # ---- prompts
@@ -106,9 +129,10 @@ class WorldFormat:
         move: Move,
         partners: str = OWN_TEAM,
         said: str | None = None,
+        earlier: Sequence[Earlier] = (),
     ) -> tuple[int, ...]:
-        """The turn's prompt, the agent's own last words, the kind of partners, the move, and the other agents' actions
-        as far as they are given.
+        """The turn's prompt, earlier moments, the agent's own last words, the kind of partners, the move, and the other
+        agents' actions as far as they are given.
 
         Args:
             agent: whose view it is.
@@ -119,6 +143,7 @@ class WorldFormat:
             move: what is done now.
             partners: whose play the others' is, one of `PARTNERS`.
             said: its own last message; None before the first.
+            earlier: the moments before this one, the oldest first; the last `recall` of them are shown.
 
         Raises:
             GrammarError: the tokenizer lacks a word.
@@ -127,11 +152,13 @@ class WorldFormat:
         if partners not in PARTNERS:
             raise UnknownNameError("kind of partners", partners, PARTNERS)
         heard = tuple((message.sender, message.payload) for message in inbox) if self.talks else ()
-        recent = tuple(memory)[-self.turns.memory :] if self.turns.memory else ()
+        recent = recent_of(memory, self.turns.memory)
         prompt = self._prompt(agent, observation.text, observation.legal_actions, heard, tuple(others), recent)
         told: tuple[int, ...] = ()
+        for moment in recent_of(earlier, self.recall):
+            told += self._earlier(moment, tuple(others))
         if self.own_words:
-            told = self.turns.encode(f"<from> {agent}" + ("" if self.compact else ":"))
+            told += self.turns.encode(f"<from> {agent}" + ("" if self.compact else ":"))
             told += self._message_ids(said) + self._line()
         if self.tells_partners:
             told += self.turns.encode(BY) + self._word_ids(partners) + self._line()
@@ -140,10 +167,7 @@ class WorldFormat:
     def move_ids(self, others: Sequence[str], move: Move) -> tuple[int, ...]:
         """The move alone, as it is appended to a turn's prompt."""
         encode = self.turns.encode
-        ids: tuple[int, ...] = ()
-        if self.talks:
-            ids += encode("<say>") + self._message_ids(move.message) + self._line()
-        ids += encode("<act>") + self._word_ids(move.action) + self._line()
+        ids = self._own_ids(move.message, move.action)
         given = move.others or {}
         for other in others:
             if other in given:
@@ -245,6 +269,22 @@ class WorldFormat:
 
     # ---- parts
 
+    def _own_ids(self, message: str | None, action: str) -> tuple[int, ...]:
+        """What an agent says and does at one moment."""
+        ids: tuple[int, ...] = ()
+        if self.talks:
+            ids += self.turns.encode("<say>") + self._message_ids(message) + self._line()
+        return ids + self.turns.encode("<act>") + self._word_ids(action) + self._line()
+
+    def _earlier_uncached(self, moment: Earlier, others: tuple[str, ...]) -> tuple[int, ...]:
+        heard = dict(moment.heard)
+        ids: tuple[int, ...] = ()
+        for other in others if self.talks else ():
+            ids += self.turns.encode(f"<from> {other}" + ("" if self.compact else ":"))
+            ids += self._message_ids(heard.get(other)) + self._line()
+        ids += self.turns.encode("<see>") + self._word_ids(moment.view) + self._line()
+        return ids + self._own_ids(moment.said, moment.action)
+
     def _compile_uncached(self, others: tuple[str, ...], asked: tuple[str, ...]) -> Grammar:
         pieces = world_pieces(self.language, asked, others, self.talks, self.valued, self.compact)
         return Grammar(pieces, self.turns.encode, self.tokenizer, self.compact)
@@ -291,6 +331,11 @@ class WorldFormat:
 
     def _line(self) -> tuple[int, ...]:
         return () if self.compact else self.turns.encode("\n")
+
+
+def recent_of(items: Sequence[T], count: int) -> tuple[T, ...]:
+    """The last ones, at most as many as are asked for."""
+    return tuple(items[-count:]) if count else ()
 
 
 def _spans(readings: Sequence[Reading]) -> tuple[WorldSpan, ...]:

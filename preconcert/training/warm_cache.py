@@ -60,6 +60,7 @@ def world_part(recipe: Recipe) -> dict[str, Any]:
         "random_episodes": section.random_episodes,
         "tell_partners": section.tell_partners,
         "own_words": section.own_words,
+        "recall": section.recall,
     }
     return {"share": section.share, **(mixed if section.share else {})}
 

@@ -29,9 +29,11 @@ def partners_of(source: str) -> str:
 class _Source:
     """The steps of one source of episodes."""
 
-    def __init__(self, episodes: Sequence[Episode], memory: int, partners: str) -> None:
+    def __init__(self, episodes: Sequence[Episode], spelling: WorldFormat, partners: str) -> None:
         self.chains: list[list[Step]] = [
-            chain for episode in episodes for chain in world_steps(episode, memory, partners)
+            chain
+            for episode in episodes
+            for chain in world_steps(episode, spelling.turns.memory, partners, spelling.recall)
         ]
         self.places = np.array([(c, i) for c, chain in enumerate(self.chains) for i in range(len(chain))])
         ending = np.array([step.ending for chain in self.chains for step in chain], dtype=bool)
@@ -68,8 +70,7 @@ class WorldData:
         self.format: WorldFormat = world.format
         self.settings = settings
         self.seed = seed
-        memory = self.format.turns.memory
-        self.sources = {name: _Source(sources[name], memory, partners_of(name)) for name in self.names}
+        self.sources = {name: _Source(sources[name], self.format, partners_of(name)) for name in self.names}
         self._own: dict[int, list[WorldRow]] = {}
 
     def batch(self, number: int) -> list[WorldRow]:

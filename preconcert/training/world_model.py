@@ -257,7 +257,12 @@ def heldout_report(
         step and (for views) after `horizon` steps of going on from its own views; the share of malformed answers; the
         others' actions: accuracy and nats; nats per view.
     """
-    chains = [chain for episode in episodes for chain in world_steps(episode, world.format.turns.memory, partners)]
+    spelling = world.format
+    chains = [
+        chain
+        for episode in episodes
+        for chain in world_steps(episode, spelling.turns.memory, partners, spelling.recall)
+    ]
     places = [(chain, index) for chain in chains for index in range(len(chain))]
     # At random: at even distances they would all fall on the same steps of episodes of equal length.
     order = np.random.default_rng(derive_seed(seed, "rows")).permutation(len(places))[:rows]

@@ -14,7 +14,7 @@ from enum import StrEnum
 from preconcert.core import Episode, Message, Move, StopReason
 from preconcert.prompts import OWN_TEAM, WorldAnswer, WorldFormat, WorldPart
 from preconcert.world_models import TokenBelief
-from preconcert.world_models.token import last_words
+from preconcert.world_models.token import last_words, lived
 
 
 class Loss(StrEnum):
@@ -53,13 +53,14 @@ class Step:
     """The last step of its episode, or one whose reward is not the commonest one."""
 
 
-def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list[list[Step]]:
+def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM, recall: int = 0) -> list[list[Step]]:
     """Every agent's steps in order.
 
     Args:
         episode: finished play.
         memory: how many of its own last actions an agent is reminded of.
         partners: who played, one of `PARTNERS`.
+        recall: how many earlier moments a belief holds.
     """
     chains: list[list[Step]] = []
     for agent, mine in episode.trajectories.items():
@@ -75,7 +76,14 @@ def world_steps(episode: Episode, memory: int, partners: str = OWN_TEAM) -> list
             chain.append(
                 Step(
                     belief=TokenBelief(
-                        agent, others, turn.observation, turn.inbox, recent, partners, last_words(mine.turns[:index])
+                        agent,
+                        others,
+                        turn.observation,
+                        turn.inbox,
+                        recent,
+                        partners,
+                        last_words(mine.turns[:index]),
+                        lived(mine.turns[:index], recall),
                     ),
                     move=Move(turn.action, turn.message.payload if turn.message is not None else None, theirs),
                     view=(mine.final_observation if last else mine.turns[index + 1].observation).text,
@@ -148,7 +156,15 @@ def world_row(
     theirs = step.move.others or {}
     move = Move(step.move.action, step.move.message, theirs if given else None)
     prompt = spelling.prompt_ids(
-        belief.agent, belief.observation, belief.inbox, others, belief.memory, move, belief.partners, belief.said
+        belief.agent,
+        belief.observation,
+        belief.inbox,
+        others,
+        belief.memory,
+        move,
+        belief.partners,
+        belief.said,
+        belief.earlier,
     )
     valued = spelling.valued and not step.done
     answer = WorldAnswer(

@@ -82,6 +82,9 @@ class WorldModelSettings(BaseModel):
     own_words: bool = True
     """Prompts say what the agent itself said last, which is what its teammates have heard. Without it the model forgets
     after one imagined step whether they know."""
+    recall: int = Field(0, ge=0)
+    """How many earlier moments prompts show: what was seen and heard, said and done. Without them the model forgets
+    what has gone out of sight."""
     random_episodes: int = Field(1500, ge=0)
     """Episodes of random play."""
     scripted_episodes: int = Field(1500, ge=1)

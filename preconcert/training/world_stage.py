@@ -81,6 +81,9 @@ def mix_world_rows(
         turns: the examples made from them.
         turn_format: that the team writes with.
         reporter: receives progress.
+
+    Raises:
+        ConfigError: a row is longer than what the tokenizer's model takes.
     """
     settings = recipe.warm_start
     if recipe.world_model is None or not recipe.world_model.share or settings.method is not WarmStartMethod.FULL:
@@ -91,7 +94,10 @@ def mix_world_rows(
     spelling = _spelling(recipe.world_model, turn_format, scale)
     steps = {
         name: [
-            step for episode in episodes for chain in world_steps(episode, turn_format.memory, name) for step in chain
+            step
+            for episode in episodes
+            for chain in world_steps(episode, turn_format.memory, name, recipe.world_model.recall)
+            for step in chain
         ]
         for name, episodes in (("scripted", scripted), ("random", random))
     }
@@ -117,6 +123,12 @@ def mix_world_rows(
             counted = [kind > 0 and (formed or LOSSES[kind - 1] is not Loss.FORM) for kind in row.kinds]
             labels = [token if loss else -100 for token, loss in zip(row.ids, counted, strict=True)]
             rows.append({"input_ids": list(row.ids), "labels": labels})
+    longest, taken = max((len(row["input_ids"]) for row in rows), default=0), turn_format.tokenizer.model_max_length
+    if longest > taken:
+        raise ConfigError(
+            f"world_model.recall={recipe.world_model.recall} makes rows of up to {longest} tokens, and the model takes "
+            f"{taken}: recall less, or give a starter more (starter.max_context)"
+        )
     batch = round(settings.batch / (1 - share))
     return turns + rows, settings.model_copy(update={"batch": batch})
 
@@ -195,6 +207,7 @@ def _teach(
         "value_range": list(scale),
         "tell_partners": settings.tell_partners,
         "own_words": settings.own_words,
+        "recall": settings.recall,
         "legal": legal.to_json(),
         "log": log,
         "coverage": coverage(sources, heldout),
@@ -237,7 +250,11 @@ def load_world_model(
     made = json.loads(marker.read_text())
     low, high = made["value_range"]
     told = world_settings(recipe).model_copy(
-        update={name: bool(made.get(name)) for name in ("tell_partners", "own_words")}
+        update={
+            "tell_partners": bool(made.get("tell_partners")),
+            "own_words": bool(made.get("own_words")),
+            "recall": int(made.get("recall", 0)),
+        }
     )
     held = made.get("legal")
     legal = None if held is None else LegalActions.from_json(held)
@@ -298,7 +315,7 @@ def _model_on(
 
 
 def _spelling(told: WorldModelSettings, turns: TurnFormat, scale: tuple[float, float]) -> WorldFormat:
-    return WorldFormat(turns, scale, told.tell_partners, told.own_words)
+    return WorldFormat(turns, scale, told.tell_partners, told.own_words, told.recall)
 
 
 def _warm_model(recipe: Recipe, out: Path, assignment: Mapping[str, str]) -> TransformersModel:

@@ -1,8 +1,9 @@
 """The world model in tokens: a language model writes what a step leads to.
 
-A belief is what one agent has before it: the view, the inbox, its last actions and words. One `advance` is one
-`generate` call for all imaginations. Parts: `TokenWorldSettings`, `TokenBelief`, `TokenWorldModel`. How rows are
-spelled is in `prompts/world_format.py`, how the adapter learns in `training/world_model.py`.
+A belief is what one agent has before it: the view, the inbox, its last actions and words, and as many of the moments
+before as the format recalls. One `advance` is one `generate` call for all imaginations. Parts: `TokenWorldSettings`,
+`TokenBelief`, `TokenWorldModel`. How rows are spelled is in `prompts/world_format.py`, how the adapter learns in
+`training/world_model.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from preconcert.models.language_model import (
     LanguageModel,
     ScoreRequest,
 )
-from preconcert.prompts import OWN_TEAM, WorldAnswer, WorldFormat, WorldPart
+from preconcert.prompts import OWN_TEAM, Earlier, WorldAnswer, WorldFormat, WorldPart, recent_of
 from preconcert.world_models.legal import LegalActions
 
 
@@ -66,6 +67,8 @@ class TokenBelief:
     """Whose play the others' is, one of `PARTNERS`."""
     said: str | None = None
     """Its own last message, which the others now have; None before the first."""
+    earlier: tuple[Earlier, ...] = ()
+    """The moments before this one, oldest first, as many as the prompt shows."""
 
 
 class TokenWorldModel:
@@ -112,9 +115,10 @@ class TokenWorldModel:
                 request.others,
                 request.observation,
                 request.inbox,
-                self._recent([turn.action for turn in past]),
+                recent_of([turn.action for turn in past], self.format.turns.memory),
                 request.partners or OWN_TEAM,
                 last_words(past),
+                lived(past, self.format.recall),
             )
             for request, past in zip(requests, pasts, strict=True)
         ]
@@ -185,14 +189,11 @@ class TokenWorldModel:
             move,
             belief.partners,
             belief.said,
+            belief.earlier,
         )
 
     def _adapter(self, belief: TokenBelief) -> str | None:
         return self.assignment.get(belief.agent, self.adapter)
-
-    def _recent(self, actions: Sequence[str]) -> tuple[str, ...]:
-        memory = self.format.turns.memory
-        return tuple(actions[-memory:]) if memory else ()
 
     # ---- reading
 
@@ -205,6 +206,7 @@ class TokenWorldModel:
             return ImaginedStep(None, belief.inbox, given, 0.0, True, None, belief, malformed=True)
         observation = self.observe(belief, answer.view)
         inbox = belief.inbox if answer.done else self._inbox(belief, answer)
+        now = Earlier(belief.observation.text, words_by_sender(belief.inbox), move.message, move.action)
         return ImaginedStep(
             observation=observation,
             inbox=inbox,
@@ -216,8 +218,9 @@ class TokenWorldModel:
                 belief,
                 observation=observation,
                 inbox=inbox,
-                memory=self._recent([*belief.memory, move.action]),
+                memory=recent_of([*belief.memory, move.action], self.format.turns.memory),
                 said=belief.said if move.message is None else move.message,
+                earlier=recent_of([*belief.earlier, now], self.format.recall),
             ),
         )
 
@@ -297,6 +300,24 @@ class TokenWorldModel:
             }
             for belief in beliefs
         ]
+
+
+def words_by_sender(inbox: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    """The messages of an inbox as plain words, in its order."""
+    return tuple((message.sender, message.payload) for message in inbox)
+
+
+def lived(past: Sequence[Turn], count: int) -> tuple[Earlier, ...]:
+    """The last turns, at most as many as are asked for, as moments that are over."""
+    return tuple(
+        Earlier(
+            turn.observation.text,
+            words_by_sender(turn.inbox),
+            None if turn.message is None else turn.message.payload,
+            turn.action,
+        )
+        for turn in recent_of(past, count)
+    )
 
 
 def last_words(past: Sequence[Turn]) -> str | None:

@@ -37,6 +37,7 @@ from preconcert.world_models.consistency import Recital
 
 ERRORS = {
     "token": 0.001, "token-free": 0.002, "token-untold": 0.002, "token-wordless": 0.002,
+    "token-recalling": 0.0005,
     "recurrent": 0.02, "copy-last": 0.03, "count-table": 0.01, "shuffled": 0.05,
 }  # fmt: skip
 RECIPE = Recipe(task="rendezvous", params={"size": 3, "landmarks": 2, "horizon": 5})
@@ -84,12 +85,15 @@ def test_targets_that_are_met_are_said_to_be() -> None:
         )),
     ]  # fmt: skip
     table = next(table for table in found.tables if table.name == "fidelity-pursuit-a")
-    assert len(table.rows) == (len(STANDARD.arms) - 2) * 4
+    assert len(table.rows) == (len(STANDARD.arms) - 2) * 4  # all but those of being told and of own words
     (told,) = (text for text in texts if "told whose play" in text)
     assert told.startswith("rendezvous: ")
     assert "untold, " in told
     wordless = [text.split(":")[0] for text in texts if "told what the agent itself said last" in text]
     assert wordless == ["rendezvous", "box-push"]
+    recalled = [text for text in texts if "shown three earlier moments" in text]
+    assert [text.split(":")[0] for text in recalled] == ["rendezvous", "pursuit"]
+    assert all("differs by -0.0005" in text for text in recalled)
     assert "25% of the views" in next(table for table in found.tables if table.name == "consistency-pursuit").note
 
 
@@ -124,9 +128,9 @@ def test_failed_cells_leave_a_report() -> None:
 def test_cells_differ_by_their_subject_alone() -> None:
     assert experiment_named("world-model") is WORLD_MODEL
     cells = cells_of(WORLD_MODEL, Scale.STANDARD)
-    assert len(cells) == len({cell.digest for cell in cells}) == 6 * 3 * 5 + 5 + 2 * 5
+    assert len(cells) == len({cell.digest for cell in cells}) == 6 * 3 * 5 + 5 + 2 * 5 + 2 * 5
     assert {cell.options["subject"] for cell in cells} == set(Subject)
-    assert len({cell.recipe.model_dump_json() for cell in cells if cell.seed == 0}) == 3 + 1 + 2, "told and untold"
+    assert len({cell.recipe.model_dump_json() for cell in cells if cell.seed == 0}) == 3 + 1 + 2 + 2, "told and untold"
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from preconcert.prompts import (
     OWN_TEAM,
     PARTNERS,
     SILENCE,
+    Earlier,
     SpanSettings,
     TurnFormat,
     WorldAnswer,
@@ -235,6 +236,41 @@ def test_prompts_say_what_oneself_has_said_only_where_they_are_to(spelling: str)
         assert [word for word in own.replace(";", " ").split() if word in ("x", "y", "z")] == (said or "").split()
     speechless = TurnFormat(quiet.tokenizer, TOY, SpanSettings(say=False), 2)
     assert not WorldFormat(speechless, own_words=True).own_words
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_prompts_show_the_last_earlier_moments_in_their_order(spelling: str) -> None:
+    quiet = format_of("toy", spelling)
+    (other, *_) = OTHERS
+    move = Move(TOY.actions[0], "y z")
+    asked = ("a", Observation("a", "the left door is open", TOY.actions, 0), (), OTHERS, (), move)
+    first = Earlier("the left door is shut", ((other, "x x"),), "y x", TOY.actions[0])
+    second = Earlier("the right door is shut", (), None, TOY.actions[1])
+    plain, moved = quiet.prompt_ids(*asked), quiet.move_ids(OTHERS, move)
+    assert quiet.prompt_ids(*asked, earlier=(first, second)) == plain
+    one, two = (WorldFormat(quiet.turns, recall=recall) for recall in (1, 2))
+    assert one.prompt_ids(*asked) == plain
+    assert one.prompt_ids(*asked, earlier=(first, second)) == one.prompt_ids(*asked, earlier=(second,))
+    view, shown = plain[: -len(moved)], {}
+    for name, ids in (
+        ("second", one.prompt_ids(*asked, earlier=(second,))),
+        ("both", two.prompt_ids(*asked, earlier=(first, second))),
+    ):
+        assert (ids[: len(view)], ids[-len(moved) :]) == (view, moved)
+        shown[name] = ids[len(view) : -len(moved)]
+    begins = shown["both"][: -len(shown["second"])]
+    assert (*begins, *shown["second"]) == shown["both"]
+    for ids, moment in ((begins, first), (shown["second"], second)):
+        text = quiet.tokenizer.decode(ids).replace(";", " ").replace(":", " ")
+        heard, _, rest = text.partition("<see>")
+        seen, _, rest = rest.partition("<say>")
+        said, _, did = rest.partition("<act>")
+        assert [each.split()[0] for each in heard.split("<from>")[1:]] == list(OTHERS)
+        words = [[word for word in each.split() if word in ("x", "y", "z")] for each in heard.split("<from>")[1:]]
+        assert words == [dict(moment.heard).get(name, "").split() for name in OTHERS]
+        assert seen.split() == moment.view.split()
+        assert [word for word in said.split() if word in ("x", "y", "z")] == (moment.said or "").split()
+        assert " ".join(did.split()) == moment.action
 
 
 def test_digits_are_words_only_where_they_are_asked_for() -> None:

@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from preconcert.agents import codec_of, turn_format_of
 from preconcert.core import ConfigError, Move, UnknownNameError
 from preconcert.envs import make_env
 from preconcert.training.imagination import ImaginationSettings
+from preconcert.training.imitation import scripted_episodes
 from preconcert.training.recipe import Recipe
+from preconcert.training.reporter import Silent
 from preconcert.training.run import train
 from preconcert.training.run_folder import load_model
 from preconcert.training.warm_cache import BASIS, warm_basis, warm_key, world_key
 from preconcert.training.world_settings import WorldModelSettings, WorldTraining
-from preconcert.training.world_stage import load_world_model
+from preconcert.training.world_stage import load_world_model, mix_world_rows
 from preconcert.world_models import TokenBelief
 from tests.training.teams import AGENTS, recipe_of
 
@@ -29,6 +32,7 @@ TINY = WorldModelSettings(
     scripted_episodes=6,
     learner_episodes=4,
     heldout_episodes=2,
+    recall=1,
     training=WorldTraining(steps=6, batch=12, own_refresh=2, own_start=0.0),
 )
 
@@ -87,6 +91,7 @@ def test_the_world_model_comes_back_beside_the_team(run: Path) -> None:
     model = load_model(recipe, run, run / "adapters")
     world = load_world_model(run, model)
     assert set(model.adapters) == {*AGENTS, "world"}
+    assert world.format.recall == TINY.recall
     alone = load_world_model(run)
     env = make_env(recipe.task, recipe.params, 5)
     seen = env.reset()["agent_0"]
@@ -96,6 +101,38 @@ def test_the_world_model_comes_back_beside_the_team(run: Path) -> None:
     first = world.advance([belief] * 3, [Move("stay", "a stay")] * 3, [1, 2, 3])
     assert first == alone.advance([belief] * 3, [Move("stay", "a stay")] * 3, [1, 2, 3])
     assert not (run / "adapters" / "world").exists()
+
+
+def test_a_report_from_before_there_were_earlier_moments_has_none(run: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(run, old, ignore=shutil.ignore_patterns("checkpoints"))
+    report = json.loads((old / "world" / "report.json").read_text())
+    assert report.pop("recall") == TINY.recall
+    (old / "world" / "report.json").write_text(json.dumps(report))
+    assert load_world_model(old).format.recall == 0
+
+
+def test_the_base_is_shown_earlier_moments_too(run: Path) -> None:
+    """In the prompts of its world rows, not in what they teach; and its supervised phase has another key for it."""
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    assert len({warm_key(with_world(recipe, recall=recall), "agent_0") for recall in (0, 1, 2)}) == 3
+    tokenizer = load_model(recipe, run, run / "adapters").tokenizer
+    codec = codec_of(recipe.agent.codec, make_env(recipe.task, recipe.params, 0).language, recipe.agent.spans)
+    spelling = turn_format_of(tokenizer, recipe.agent, codec)
+    scripted = scripted_episodes(recipe, codec, 4, Silent())
+    turns = [{"input_ids": [1], "labels": [1]}] * 12
+    prompts: dict[int, int] = {}
+    taught: dict[int, list[list[int]]] = {}
+    for recall in (0, 2):
+        rows, _ = mix_world_rows(with_world(recipe, recall=recall), scripted, list(turns), spelling, Silent())
+        world = rows[len(turns) :]
+        taught[recall] = [[label for label in row["labels"] if label != -100] for row in world]
+        prompts[recall] = sum(len(row["input_ids"]) for row in world)
+    assert taught[0] == taught[2]
+    assert prompts[0] < prompts[2]
+    spelling.tokenizer.model_max_length = 60
+    with pytest.raises(ConfigError, match=r"recall=2 makes rows of up to \d+ tokens, and the model takes 60"):
+        mix_world_rows(with_world(recipe, recall=2), scripted, list(turns), spelling, Silent())
 
 
 def test_refreshes_happen_on_their_turn_and_are_what_is_loaded(run: Path) -> None:

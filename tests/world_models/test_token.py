@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from preconcert.agents import ChannelSettings
-from preconcert.core import Message, Move, Outcome, TurnRequest, UnknownNameError, WorldModel
+from preconcert.core import Judgement, Message, Move, Outcome, TurnRequest, UnknownNameError, WorldModel
 from preconcert.envs import make_env
 from preconcert.models import LoraSettings, ScoreRequest, TransformersModel, build_starter
 from preconcert.prompts import SpanSettings, TurnFormat, WorldAnswer, WorldFormat, starter_words
 from preconcert.training.rollout import EpisodeSpec, ScriptedPolicy, rollout
-from preconcert.training.world_rows import Step, world_steps
+from preconcert.training.world_rows import Step, world_row, world_steps
 from preconcert.world_models import LegalActions, TokenBelief, TokenWorldModel, TokenWorldSettings
 from tests.training.teams import LORA, PARAMS, SHAPE, TASK, chat_checkpoint, load
 
@@ -35,10 +35,10 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         chat_checkpoint(folder, "qwen3")
     model = load(folder, ("world",))
 
-    def world(view: bool = True, **settings: object) -> TokenWorldModel:
+    def world(view: bool = True, recall: int = 0, **settings: object) -> TokenWorldModel:
         language = env.language if view else replace(env.language, view=None)
         turns = TurnFormat(model.tokenizer, language, SpanSettings(), 1)
-        form = WorldFormat(turns, (0.0, 1.0), own_words=True)
+        form = WorldFormat(turns, (0.0, 1.0), own_words=True, recall=recall)
         return TokenWorldModel(model, form, "world", settings=TokenWorldSettings(**settings))  # type: ignore[arg-type]
 
     return world
@@ -160,6 +160,53 @@ def test_own_words_stay_until_others_are_said(make: Make, steps: list[Step]) -> 
     (said,) = world.advance([steps[0].belief], [Move("stay", "b stay")], [1])
     (kept,) = world.advance([said.belief], [Move("stay")], [1])
     assert (said.belief.said, kept.belief.said) == ("b stay", "b stay")
+
+
+def test_earlier_moments_are_those_of_the_past_and_then_the_imagined_ones(make: Make) -> None:
+    """In rows as in beliefs, and shown: what is imagined depends on them."""
+    world = make(recall=2)
+    (episode,) = rollout([EpisodeSpec(TASK, PARAMS_3, 0)], ScriptedPolicy("scripted"), ChannelSettings(), 0)
+    agent, chain = next(iter(zip(episode.trajectories, world_steps(episode, 1, recall=2), strict=True)))
+    turns = episode.trajectories[agent].turns
+    others = tuple(other for other in episode.trajectories if other != agent)
+    asked = [
+        TurnRequest(
+            "e", agent, turn.observation, turn.inbox, others, world.format.language, 0, None,  # type: ignore[arg-type]
+        )
+        for turn in turns
+    ]  # fmt: skip
+    begun = world.begin(asked, [turns[:index] for index in range(len(turns))])
+    assert begun == [step.belief for step in chain]
+    assert [len(belief.earlier) for belief in begun[:3]] == [0, 1, 2]
+    assert [len(step.belief.earlier) for step in world_steps(episode, 1, recall=1)[0][:3]] == [0, 1, 1]
+    for index, belief in enumerate(begun):
+        for moment, turn in zip(belief.earlier, turns[max(0, index - 2) : index], strict=True):
+            assert moment.view == turn.observation.text
+            assert dict(moment.heard) == {message.sender: message.payload for message in turn.inbox}
+            assert turn.message is not None
+            assert (moment.said, moment.action) == (turn.message.payload, turn.action)
+    belief = begun[2]
+    for _ in range(3):
+        (step,) = world.advance([belief], [Move("stay", "b stay")], [1])
+        assert step.observation is not None
+        now = (belief.observation.text, "b stay", "stay")
+        after = step.belief
+        assert isinstance(after, TokenBelief)
+        assert after.earlier[:-1] == belief.earlier[-1:]
+        assert (after.earlier[-1].view, after.earlier[-1].said, after.earlier[-1].action) == now
+        assert dict(after.earlier[-1].heard) == {message.sender: message.payload for message in belief.inbox}
+        belief = after
+    forgetful = replace(begun[2], earlier=())
+    said = [judgement.view_nll for judgement in judge_both(world, [begun[2], forgetful], chain[2])]
+    assert said[0] != pytest.approx(said[1], abs=1e-4)
+    assert world_row(world.format, chain[2], True).ids[:3] == world_row(make().format, chain[2], True).ids[:3]
+    assert len(world_row(world.format, chain[2], True).ids) > len(world_row(make().format, chain[2], True).ids)
+
+
+def judge_both(world: TokenWorldModel, beliefs: list[TokenBelief], step: Step) -> list[Judgement]:
+    outcome = Outcome(world.observe(step.belief, step.view), dict(step.move.others or {}), step.reward, step.done)
+    found = world.judge(beliefs, [step.move] * len(beliefs), [outcome] * len(beliefs))
+    return [judgement for judgement in found if judgement is not None]
 
 
 def test_the_last_message_of_every_sender_stays(make: Make, steps: list[Step]) -> None:
