@@ -22,7 +22,7 @@ from preconcert.core.errors import (
 )
 from preconcert.core.foresight import ImaginedStep, Judgement, Outcome, Planner, WorldModel
 from preconcert.core.intention import Forecast, Intention
-from preconcert.core.language import Slot, TaskLanguage, Truth
+from preconcert.core.language import REWARD_TOLERANCE, Slot, TaskLanguage, Truth
 from preconcert.core.message import MOST_ROUNDS, Delivery, Fate, Latent, Message
 from preconcert.core.misfit import Misfit, describe
 from preconcert.core.observation import Observation, StepResult
@@ -44,8 +44,8 @@ __all__ = [
     "MOST_ROUNDS", "Candidate", "Codec", "CodingError", "ConfigError", "Decision", "Delivery", "EngineAwayError", "Env",
     "EnvError", "Episode", "Fate", "Forecast", "GateError", "GrammarError", "ImaginedStep", "Intention", "Judgement",
     "Latent", "Located", "Message", "Misfit", "ModelError", "Move", "Observation", "Outcome", "Planner", "Player",
-    "Policy", "PreconcertError", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult", "StopReason", "StoreError",
-    "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn", "TurnRequest", "UnknownNameError",
-    "View", "ViewField", "WorldModel", "append_episodes", "derive_seed", "describe", "dump_episode",
-    "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",
+    "Policy", "PreconcertError", "REWARD_TOLERANCE", "Rehearsing", "Slot", "Span", "SpanKind", "StepResult",
+    "StopReason", "StoreError", "StoredEpisodes", "TaskLanguage", "TrainingError", "Trajectory", "Truth", "Turn",
+    "TurnRequest", "UnknownNameError", "View", "ViewField", "WorldModel", "append_episodes", "derive_seed", "describe",
+    "dump_episode", "keep_episodes_before", "load_episodes", "nearest", "parse_episode", "uniforms",
 ]

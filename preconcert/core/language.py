@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from preconcert.core.view import View
 
+REWARD_TOLERANCE = 1e-3
+"""A word may stand for a reward that it rounds, from less than so far away."""
+
 
 class Truth(StrEnum):
     """Where the true value of a message slot is known from once the episode is over."""
@@ -52,6 +55,11 @@ class TaskLanguage:
     views: tuple[tuple[str, View], ...] = ()
     """Where agents see different things: by agent, what its observations consist of. `view` is then None, and a
     world model writes plain words."""
+
+    def reward_word(self, reward: float) -> str | None:
+        """The word that stands for a reward: the nearest within `REWARD_TOLERANCE`. None where there is none."""
+        nearest = min(self.rewards, key=lambda word: abs(float(word) - reward), default=None)
+        return nearest if nearest is not None and abs(float(nearest) - reward) < REWARD_TOLERANCE else None
 
     def view_of(self, agent: str) -> View | None:
         """What an agent's observations consist of; None: words of any kind."""

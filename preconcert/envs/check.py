@@ -169,11 +169,10 @@ def _check_result(env: Env, result: StepResult, step: int) -> None:
         raise EnvError(f"step {step}: truncated but not done")
     if not isinstance(result.rewards, Mapping) or set(result.rewards) != set(env.agents):
         raise EnvError(f"step {step}: rewards must be a mapping by exactly {list(env.agents)!r}: {result.rewards!r}")
-    words = [float(word) for word in env.language.rewards]
     for agent, reward in result.rewards.items():
         if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
             raise EnvError(f"step {step}: reward of {agent!r} must be a finite float, not {reward!r}")
-        if words and min(abs(reward - word) for word in words) > 1e-3:
+        if env.language.rewards and env.language.reward_word(reward) is None:
             raise EnvError(f"step {step}: reward {reward!r} of {agent!r} has no word in {env.language.rewards!r}")
     _check_views(env, result.observations, step, result.done)
     if not result.done and step >= env.horizon:

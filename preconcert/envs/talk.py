@@ -213,7 +213,7 @@ def _language(inner: TaskLanguage, rounds: int, name: str) -> TaskLanguage:
     view = None if inner.view is None else View((left, *inner.view.fields))
     each = tuple((agent, View((left, *view.fields))) for agent, view in inner.views)
     rewards = inner.rewards
-    if rewards and not any(abs(float(word)) < 1e-3 for word in rewards):
+    if rewards and inner.reward_word(0.0) is None:
         rewards = ("0", *rewards)
     words = _more_words(inner.words, rounds) if inner.words else ()
     return replace(inner, actions=(*inner.actions, LISTEN), rewards=rewards, view=view, words=words, views=each)

@@ -254,13 +254,11 @@ class WorldFormat:
         Raises:
             GrammarError: there are words, and none for this reward.
         """
-        for word in self.language.rewards:
-            if abs(float(word) - reward) < 1e-3:
-                return word
-        if self.language.rewards:
+        word = self.language.reward_word(reward)
+        if word is None and self.language.rewards:
             known = ", ".join(self.language.rewards)
             raise GrammarError(f"reward {reward} has no word; the task's language knows {known}")
-        return None
+        return word
 
     def action_options(self, other: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """What precedes another agent's action in an answer, and the ids of each of the language's actions."""

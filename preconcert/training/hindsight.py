@@ -81,10 +81,10 @@ def reward_word(reward: float, language: TaskLanguage) -> str:
     Raises:
         ConfigError: there is none.
     """
-    for word in language.rewards:
-        if abs(float(word) - reward) < 1e-3:
-            return word
-    raise ConfigError(f"reward {reward} has no word; the task's language knows {', '.join(language.rewards)}")
+    word = language.reward_word(reward)
+    if word is None:
+        raise ConfigError(f"reward {reward} has no word; the task's language knows {', '.join(language.rewards)}")
+    return word
 
 
 def true_slots(language: TaskLanguage) -> frozenset[tuple[SpanKind, str]]:

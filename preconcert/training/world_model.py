@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from preconcert.core import Episode, Move, Outcome, UnknownNameError, derive_seed
+from preconcert.core import REWARD_TOLERANCE, Episode, Move, Outcome, UnknownNameError, derive_seed
 from preconcert.models import TransformersModel, route_rows
 from preconcert.models.constrained import HeadScale, head_scale
 from preconcert.prompts import OWN_TEAM
@@ -272,8 +272,8 @@ def heldout_report(
     found = {f"one_step_{name}": share for name, share in _right(world, starts, texts).items()}
     malformed = sum(step.malformed for step in steps) / len(steps)
     found["malformed"] = malformed
-    found["reward"] = _mean(  # a word may stand for a reward that it rounds
-        [abs(a.reward - b.reward) < 1e-3 and not a.malformed for a, b in zip(steps, starts, strict=True)]
+    found["reward"] = _mean(
+        [abs(a.reward - b.reward) < REWARD_TOLERANCE and not a.malformed for a, b in zip(steps, starts, strict=True)]
     )
     found["done"] = _mean([a.done == b.done and not a.malformed for a, b in zip(steps, starts, strict=True)])
     blind = [Move(s.move.action, s.move.message) for s in starts]
