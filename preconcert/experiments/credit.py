@@ -259,7 +259,7 @@ def _controls(plan: Plan, readings: Readings) -> list[Finding]:
         ]
         if warm is None or not ends:
             continue
-        above = sum(value.low > warm.high for value in ends.values())
+        above = sum(value.low > warm.high and min(value.count, warm.count) > 1 for value in ends.values())
         text = (
             f"{task.name}: the warm start succeeds in {warm.value:.2f} ({warm.low:.2f} to {warm.high:.2f}) of held-out "
             f"instances; {above} of {len(ends)} trained arms have an interval wholly above it."

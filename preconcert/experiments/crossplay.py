@@ -267,14 +267,17 @@ def _played(
     reporter.stage("cross-play", count * count)
     for row, mine in enumerate(entrants):
         for column, other in enumerate(entrants):
-            found: list[float] = []
+            # The instances are the same for all seats: their luck is shared, so a mean over seats is one figure.
+            found = np.zeros((len(sides), len(specs)))
             for seat, side in enumerate(sides):
                 seated = [mine if place == seat else other for place in range(len(sides))]
                 cast = {a: _player(each) for each, agents in zip(seated, sides, strict=True) for a in agents}
-                for episode in play([replace(spec, cast=cast) for spec in specs], guests, recipe.channel, seed):
-                    found.append(float(np.mean([episode.trajectories[agent].total_reward for agent in side])))
-            returns[row, column] = float(np.mean(found))
-            errors[row, column] = float(np.std(found, ddof=1) / np.sqrt(len(found)))
+                played = play([replace(spec, cast=cast) for spec in specs], guests, recipe.channel, seed)
+                for number, episode in enumerate(played):
+                    found[seat, number] = np.mean([episode.trajectories[agent].total_reward for agent in side])
+            by_instance = found.mean(axis=0)
+            returns[row, column] = float(by_instance.mean())
+            errors[row, column] = float(np.std(by_instance, ddof=1) / np.sqrt(len(specs)))
             reporter.advance(row * count + column + 1)
     labels = tuple(entrant.label for entrant in entrants)
     return CrossPlay(labels, returns, errors, {}, recipe.task, recipe.params, episodes, None)

@@ -196,14 +196,18 @@ def cells_of(
     ]
 
 
-def resolve(arm: ExperimentArm, task: ExperimentTask, seed: int) -> Recipe:
-    """An arm's recipe on a task.
+def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with some values by dotted key.
 
     Raises:
-        ConfigError: the result is no recipe.
+        ValidationError: the result is no recipe.
     """
-    content: dict[str, Any] = copy.deepcopy(dict(task.recipe))
-    for key, value in {**arm.overrides, **arm.on_task.get(task.name, {})}.items():
+    return Recipe.model_validate(_changed(recipe.model_dump(mode="json"), changes))
+
+
+def _changed(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = copy.deepcopy(dict(recipe))
+    for key, value in changes.items():
         place = content
         *path, last = key.split(".")
         for part in path:
@@ -211,6 +215,16 @@ def resolve(arm: ExperimentArm, task: ExperimentTask, seed: int) -> Recipe:
             place[part] = dict(inner) if isinstance(inner, Mapping) else {}
             place = place[part]
         place[last] = value
+    return content
+
+
+def resolve(arm: ExperimentArm, task: ExperimentTask, seed: int) -> Recipe:
+    """An arm's recipe on a task.
+
+    Raises:
+        ConfigError: the result is no recipe.
+    """
+    content = _changed(task.recipe, {**arm.overrides, **arm.on_task.get(task.name, {})})
     try:
         return Recipe.model_validate({**content, "seed": seed})
     except ValidationError as error:

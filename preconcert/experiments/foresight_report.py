@@ -207,7 +207,7 @@ def _steps(plan: Plan, readings: Readings) -> tuple[list[ReportTable], list[Find
                 )
             )
             if arm == IMAGINED and found is not None:
-                enough = found.high <= HALF
+                enough = found.high <= HALF and not never and found.count > 1
                 findings.append(
                     Finding(
                         f"{task.name}: with imagined games, the success that real games alone end with takes "

@@ -1,13 +1,16 @@
 """Experiment `world-model`: how far what a world model imagines can be trusted, step by step on held-out layouts.
 
-All models of a task and seed learn from the same play of the same learner, a warm-started team, and are asked about the
-same held-out moments. Parts: `Subject` (the models), `fit_and_measure` (the work of a cell), the plans and
-`WORLD_MODEL`. What is made of the cells is in `world_model_report.py`, what is measured in `world_models/fidelity.py`
-and `world_models/consistency.py`.
+All models of a task and seed are asked about the same held-out moments, and about plans of the same learner, a
+warm-started team. Those that are fitted to play learn from the same play. A token model whose prompts are other ones
+has a base of its own, which was shown such prompts, and has learned from the play of the team on that base.
+
+Parts: `Subject` (the models), `fit_and_measure` (the work of a cell), the plans and `WORLD_MODEL`. What is made of the
+cells is in `world_model_report.py`, what is measured in `world_models/fidelity.py` and `world_models/consistency.py`.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +22,7 @@ from preconcert.agents import ChannelSettings
 from preconcert.core import Episode, Policy, WorldModel, derive_seed
 from preconcert.experiments.cell import CellFound
 from preconcert.experiments.evaluation import Players
-from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale
+from preconcert.experiments.experiment import Experiment, ExperimentArm, ExperimentTask, Plan, Scale, overridden
 from preconcert.experiments.world_data import (
     Mixture,
     coverage,
@@ -40,6 +43,9 @@ from preconcert.world_models.consistency import Recital, claims, consistency_of,
 from preconcert.world_models.fidelity import Case, Mode, measure_fidelity
 from preconcert.world_models.recurrent import RecurrentSettings
 from preconcert.world_models.recurrent_training import train_recurrent
+
+_TEAM = "team"
+"""Folder of the team that plays, where that is not the cell's own."""
 
 
 class Subject(StrEnum):
@@ -62,8 +68,9 @@ def fit_and_measure(
         recipe: of the run, with a `world_model` and without reinforcement learning.
         folder: of the cell.
         options: `subject`, the model; `free`, whether the token model writes without its grammar; `heldout`, the
-            episodes that are asked about, by who plays them; `greedy`, whether models say what they find likeliest,
-            word by word, instead of drawing; `starts` per episode; `horizons`; `samples` per start;
+            episodes that are asked about, by who plays them; `plays_as`, overrides by dotted key that make the recipe
+            of the team that plays, where the cell's own is another one; `greedy`, whether models say what they find
+            likeliest, word by word, instead of drawing; `starts` per episode; `horizons`; `samples` per start;
             `plans`, held-out instances that the policy plays inside the model; `recurrent`, settings.
         warm_cache: shared warm starts and play.
         reporter: receives progress.
@@ -71,14 +78,18 @@ def fit_and_measure(
     started = time.perf_counter()
     run = shared_run(recipe, folder, warm_cache, reporter)
     players = Players(run, recipe)
-    learner = players.team(warm=True)
+    played_by, team = recipe, players
+    if options.get("plays_as"):
+        played_by = overridden(recipe, options["plays_as"])
+        team = Players(shared_run(played_by, folder / _TEAM, warm_cache, reporter), played_by)
+    learner = team.team(warm=True)
     world = world_settings(recipe)
     mixture = Mixture(
         world.random_episodes, world.scripted_episodes, world.learner_episodes, imitated_with(recipe)
     )
-    episodes = shared_play(recipe, learner, mixture, folder, warm_cache, reporter)
+    episodes = shared_play(played_by, learner, mixture, folder, warm_cache, reporter)
     heldout = Mixture(**options["heldout"])
-    held = mixed_play(recipe, learner, heldout, "heldout", 0, reporter)
+    held = mixed_play(played_by, learner, heldout, "heldout", 0, reporter)
     horizons = tuple(options["horizons"])
     cases = heldout_cases(held, horizons, int(options["starts"]), heldout)
     model = _fitted(Subject(options["subject"]), players, run, episodes, mixture, options, reporter)
@@ -99,8 +110,9 @@ def fit_and_measure(
     # Whether plans come true is a matter of probabilities, so here what is imagined is drawn.
     _draw(model)
     measures |= _consistency(
-        model, players.team(warm=True), episodes, held, cases, int(options["plans"]), recipe.channel, reporter
+        model, team.team(warm=True), episodes, held, cases, int(options["plans"]), recipe.channel, reporter
     )
+    shutil.rmtree(folder / _TEAM, ignore_errors=True)  # the cache has it
     measures["fit_s"] = fitted - started
     measures["measure_s"] = time.perf_counter() - fitted
     return CellFound(measures, curves)
@@ -214,21 +226,21 @@ ARMS = (
         "token-untold",
         "token model, not told who plays",
         {"world_model.tell_partners": False},
-        options={"subject": "token"},
+        options={"subject": "token", "plays_as": {"world_model.tell_partners": True}},
         tasks=("rendezvous",),
     ),
     ExperimentArm(
         "token-wordless",
         "token model, own words forgotten",
         {"world_model.own_words": False},
-        options={"subject": "token"},
+        options={"subject": "token", "plays_as": {"world_model.own_words": True}},
         tasks=("rendezvous", "box-push"),
     ),
     ExperimentArm(
         "token-recalling",
         "token model, three earlier moments shown",
         {"world_model.recall": 3},
-        options={"subject": "token"},
+        options={"subject": "token", "plays_as": {"world_model.recall": 0}},
         tasks=("rendezvous", "pursuit"),
     ),
     ExperimentArm("recurrent", "recurrent model", options={"subject": "recurrent"}),
@@ -330,6 +342,8 @@ WORLD_MODEL = Experiment(
         "commoner than in play, and AUROC is not the share of ends that would be found there.",
         "What an agent cannot see (a partner out of sight, the open landmark before it is named) is part of the "
         "success that played plans are judged by: even a perfect model of one agent's view cannot know it.",
+        "A token model whose prompts are other ones (untold, own words forgotten, earlier moments shown) has a base of "
+        "its own and has learned from that base's team; what it is asked about is the play of the others' team.",
         "The recurrent model is of about the token model's size and is trained from nothing for as long as stated; it "
         "might be better with more training.",
     ),

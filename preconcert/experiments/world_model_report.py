@@ -175,7 +175,8 @@ def _exactness(plan: Plan, readings: Readings) -> list[Finding]:
         value = readings.estimate(SUBJECT, measure_named("determined_a_1"), task.name)
         if value is None:
             continue
-        met, clear = value.value >= EXACT_TARGET, value.low >= EXACT_TARGET or value.high < EXACT_TARGET
+        met = value.value >= EXACT_TARGET
+        clear = (value.low >= EXACT_TARGET or value.high < EXACT_TARGET) and value.count > 1
         text = (
             f"Target {'met' if met else 'missed'} on {task.name}: one step ahead the token model has "
             f"{_said(value)} of the determined fields right (target {EXACT_TARGET:g})"
@@ -190,12 +191,18 @@ def _consistency(plan: Plan, readings: Readings) -> list[Finding]:
     found: list[Finding] = []
     low, high = CONSISTENT
     for task in plan.tasks:
+        count = len(readings.of(SUBJECT, task.name))
+        if not count:
+            found.append(Finding(f"Not judged on {task.name}: there are no figures of the token model.", False))
+            continue
         value = readings.estimate(SUBJECT, measure_named("free_ratio"), task.name)
         if value is None:
             found.append(Finding(f"Target missed on {task.name}: no plan succeeds inside the token model.", False))
             continue
+        never = count - value.count
         blind = readings.estimate(SUBJECT, measure_named("inside_ratio"), task.name)
-        met, clear = low <= value.value <= high, low <= value.low and value.high <= high
+        met = low <= value.value <= high and not never
+        clear = met and low <= value.low and value.high <= high and count > 1
         control, control_blind = (
             readings.estimate(SHUFFLED, measure_named(name), task.name) for name in ("free_ratio", "inside_ratio")
         )
@@ -204,6 +211,7 @@ def _consistency(plan: Plan, readings: Readings) -> list[Finding]:
             f"Target {'met' if met else 'missed'} on {task.name}: the policy succeeds in the world {_said(value)} "
             f"times as often as inside the token model (target {low:g} to {high:.2f})"
         )
+        text += f", and in {never} of {count} seeds nothing succeeds inside it" if never else ""
         text += f", its plans carried out blindly {_said(blind)} times" if blind else ""
         text += f"; on played plans it agrees with the world in {_said(agreed)} of cases" if agreed else ""
         if control is not None:
@@ -230,7 +238,7 @@ def _gaps(plan: Plan, readings: Readings) -> list[Finding]:
             f"{_said(alone)} without"
         )
         text += f"; its answers shuffled err by {_said(shuffled)}." if shuffled else "."
-        found.append(Finding(text, alone.low > given.high))
+        found.append(Finding(text, alone.low > given.high and min(alone.count, given.count) > 1))
         for arm, what in ((UNTOLD, "whose play it is"), (WORDLESS, "what the agent itself said last")):
             told = readings.compare(SUBJECT, arm, measure_named("mate_ce_a_1"), task.name)
             if told is not None:
@@ -241,18 +249,21 @@ def _gaps(plan: Plan, readings: Readings) -> list[Finding]:
 
 
 def _of_recalling(plan: Plan, readings: Readings, task: str) -> Finding | None:
-    """What it is worth that prompts show earlier moments, by the error at every horizon."""
+    """What it is worth that prompts show earlier moments, by the error at every horizon; clear where it is at all of
+    the long ones, and in the same direction."""
     said: list[str] = []
-    clear = False
+    verdicts: dict[int, int] = {}
     for h in horizons_of(plan):
         found = readings.compare(RECALLING, SUBJECT, measure_named(f"mse_a_{h}"), task)
         if found is not None:
-            clear = clear or found.verdict != 0
+            verdicts[h] = found.verdict if found.difference.count > 1 else 0
             by = found.difference
             said.append(f"{by.value:+.4f} (95%: {by.low:+.4f} to {by.high:+.4f}) at {h}")
     if not said:
         return None
     text = f"{task}: shown three earlier moments, the token model's error differs by {', '.join(said)} steps"
+    long = {verdict for h, verdict in verdicts.items() if h in LONG}
+    clear = len(long) == 1 and long != {0}
     ratios = [readings.estimate(arm, measure_named("free_ratio"), task) for arm in (RECALLING, SUBJECT)]
     if ratios[0] is not None and ratios[1] is not None:
         text += f"; the ratio of success in the world to that inside it is {_said(ratios[0])} beside {_said(ratios[1])}"
@@ -271,7 +282,7 @@ def _of_being_told(readings: Readings, task: str, untold: str, what: str, costs:
             f", and the policy succeeds in the world {_said(ratios[0])} times as often as inside it; untold, "
             f"{_said(ratios[1])} times"
         )
-    return Finding(f"{text}.", costs.verdict == -1)
+    return Finding(f"{text}.", costs.verdict == -1 and costs.difference.count > 1)
 
 
 def _curves(plan: Plan, readings: Readings, name: str, what: str) -> ReportFigure | None:

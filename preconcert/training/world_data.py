@@ -1,7 +1,7 @@
 """The batches a world model learns from: sources mixed by share, endings often enough, its own outputs among them.
 
-Parts: `WorldData` (rows of any batch by its number, all random choices from a seed), `partners_of` (who plays in a
-source), `collate` (rows as tensors), `coverage` (what the sources have shown).
+Parts: `WorldData` (rows of any batch by its number, all random choices from a seed), `check_length` (of rows),
+`partners_of` (who plays in a source), `collate` (rows as tensors), `coverage` (what the sources have shown).
 """
 
 from __future__ import annotations
@@ -19,6 +19,19 @@ from preconcert.prompts import OWN_TEAM, PARTNERS, WorldFormat
 from preconcert.training.world_rows import Step, WorldRow, world_row, world_steps
 from preconcert.training.world_settings import WorldTraining
 from preconcert.world_models import TokenWorldModel
+
+
+def check_length(longest: int, recall: int, taken: int) -> None:
+    """Are rows of up to so many tokens short enough for a model?
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if longest > taken:
+        raise ConfigError(
+            f"world_model.recall={recall} makes rows of up to {longest} tokens, and the model takes {taken}: recall "
+            "less, or give a starter more (starter.max_context)"
+        )
 
 
 def partners_of(source: str) -> str:
@@ -71,10 +84,16 @@ class WorldData:
         self.settings = settings
         self.seed = seed
         self.sources = {name: _Source(sources[name], self.format, partners_of(name)) for name in self.names}
+        self.taken: int | None = getattr(world.model, "max_context", None)
+        """Tokens of the longest row that the model takes, where it says so."""
         self._own: dict[int, list[WorldRow]] = {}
 
     def batch(self, number: int) -> list[WorldRow]:
-        """The rows of one batch; half of them have the others' actions given."""
+        """The rows of one batch; half of them have the others' actions given.
+
+        Raises:
+            ConfigError: a row is longer than what the model takes.
+        """
         settings = self.settings
         if self._is_own(number):
             if number not in self._own:
@@ -82,10 +101,13 @@ class WorldData:
                 self._make_own([n for n in later if self._is_own(n)][: settings.own_refresh])
             return self._own.pop(number)
         rng = np.random.default_rng(derive_seed(self.seed, "batch", number))
-        return [
+        rows = [
             self._row(rng, name, step, bool(place % 2), None, weight)
             for place, (name, step, weight) in enumerate(self._draw(rng))
         ]
+        if self.taken is not None:
+            check_length(max(len(row.ids) for row in rows), self.format.recall, self.taken)
+        return rows
 
     def _is_own(self, number: int) -> bool:
         settings = self.settings

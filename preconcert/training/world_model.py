@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from preconcert.core import REWARD_TOLERANCE, Episode, Move, Outcome, UnknownNameError, derive_seed
+from preconcert.core import Episode, Move, Outcome, UnknownNameError, derive_seed
 from preconcert.models import TransformersModel, route_rows
 from preconcert.models.constrained import HeadScale, head_scale
 from preconcert.prompts import OWN_TEAM
@@ -273,7 +273,7 @@ def heldout_report(
     malformed = sum(step.malformed for step in steps) / len(steps)
     found["malformed"] = malformed
     found["reward"] = _mean(
-        [abs(a.reward - b.reward) < REWARD_TOLERANCE and not a.malformed for a, b in zip(steps, starts, strict=True)]
+        [a.reward == _paid(world, b.reward) and not a.malformed for a, b in zip(steps, starts, strict=True)]
     )
     found["done"] = _mean([a.done == b.done and not a.malformed for a, b in zip(steps, starts, strict=True)])
     blind = [Move(s.move.action, s.move.message) for s in starts]
@@ -293,6 +293,12 @@ def heldout_report(
         found["others_nats"] = _mean([-math.log(max(real, 1e-12)) for real, _ in guesses])
     found |= {f"step_{horizon}_{name}": share for name, share in _drift(world, chains, seed, horizon).items()}
     return found
+
+
+def _paid(world: TokenWorldModel, reward: float) -> float:
+    """A reward as the task's language rounds it, where it has words for rewards."""
+    word = world.format.reward_word(reward)
+    return reward if word is None else float(word)
 
 
 def _drift(

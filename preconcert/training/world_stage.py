@@ -34,7 +34,7 @@ from preconcert.training.rollout import EpisodeSpec, Policies, ScriptedPolicy, r
 from preconcert.training.run_folder import base_of, load_recipe_of
 from preconcert.training.warm_cache import WarmCache, world_key
 from preconcert.training.warm_start import WarmStartMethod, WarmStartSettings
-from preconcert.training.world_data import coverage
+from preconcert.training.world_data import check_length, coverage
 from preconcert.training.world_model import heldout_report, refine, train_world_model
 from preconcert.training.world_rows import LOSSES, Loss, value_range_of, world_row, world_steps
 from preconcert.training.world_settings import WorldModelSettings
@@ -123,12 +123,8 @@ def mix_world_rows(
             counted = [kind > 0 and (formed or LOSSES[kind - 1] is not Loss.FORM) for kind in row.kinds]
             labels = [token if loss else -100 for token, loss in zip(row.ids, counted, strict=True)]
             rows.append({"input_ids": list(row.ids), "labels": labels})
-    longest, taken = max((len(row["input_ids"]) for row in rows), default=0), turn_format.tokenizer.model_max_length
-    if longest > taken:
-        raise ConfigError(
-            f"world_model.recall={recipe.world_model.recall} makes rows of up to {longest} tokens, and the model takes "
-            f"{taken}: recall less, or give a starter more (starter.max_context)"
-        )
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    check_length(longest, recipe.world_model.recall, turn_format.tokenizer.model_max_length)
     batch = round(settings.batch / (1 - share))
     return turns + rows, settings.model_copy(update={"batch": batch})
 

@@ -28,7 +28,9 @@ def test_at_its_smallest_it_says_what_it_found(
                     assert 0 <= each["measures"][f"{name}_{mode}_{h}"] <= 1
         assert len(each["curves"]["mse_a"]) == 5
         assert 0 <= each["measures"]["inside_kept"] <= 1
-    # One warm start, one world model, one run and one play for all models of a task and seed that learn from the same.
+    # One warm start, world model and run for all models of a task and seed with the same prompts; one play for all.
     recipes = {tuple(arm.overrides.items()) for arm in SMOKE.arms}
-    assert len([path for path in (folder / "warm").iterdir() if path.is_dir()]) == 4 * len(recipes)
+    assert len([path for path in (folder / "warm").iterdir() if path.is_dir()]) == 3 * len(recipes) + 1
+    for name in ("free_success", "seen_views", "success_threshold"):
+        assert len({each["measures"][name] for each in held["cells"]}) == 1, "all are asked about the same play"
     assert sorted(path.stem for path in (folder / "figures").glob("*.png")) == ["exact", "mse", "reliability"]

@@ -102,7 +102,8 @@ def test_communication_says_its_targets(tmp_path: Any) -> None:
     assert any(table.name == "words-rendezvous" for table in report.tables)
     assert any("signal. Target: the observation in words and a learned arm clear" in text for text in texts)
     assert any("learned words meet their cap" in text and "Not met, by seed: 3.40, 3.41" in text for text in texts)
-    assert any("vectors over their supervised start" in text and ". Met: latent-1 on" in text for text in texts)
+    (improved,) = (text for text in texts if "vectors over their supervised start" in text)
+    assert " Met: over all tasks by latent-1, " in improved
     assert not any("latent-free" in text for text in texts[1:]), "nothing is learned there"
     for each in cells:
         if each.cell.arm == "raw-state":

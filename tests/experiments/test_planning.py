@@ -94,6 +94,36 @@ def test_targets_that_are_missed_are_said_so() -> None:
     assert "Not met: none on any task" in first.text
     assert not second.clear
     assert "FAILS" in third.text
+    assert third.clear
+    undecided = cells({**SUCCESS, SHUFFLED: 0.4})
+    for number, each in enumerate(undecided):
+        if each.cell.arm == SHUFFLED:
+            moved = (each.measures["success"] or 0.0) + (0.2 if number % 2 else -0.1)
+            undecided[number] = replace(each, measures={**each.measures, "success": moved})
+    third = report(STANDARD, undecided).findings[2]
+    assert "Not found to be better: " in third.text
+    assert not third.clear
+
+
+def test_shares_of_the_gain_are_counted_by_task() -> None:
+    """One way of planning must reach the share on every task where there is something to gain."""
+    by_task = {TASKS[0]: {**SUCCESS, BEAM: 0.45}, TASKS[1]: {**SUCCESS, BEST: 0.45}, TASKS[2]: {**SUCCESS, ORACLE: 0.4}}
+    mixed = [each for name, success in by_task.items() for each in cells(success) if each.cell.task == name]
+    second = report(STANDARD, mixed).findings[1]
+    assert not second.clear
+    assert f"Not met on all tasks where the oracle's gain is clear ({TASKS[0]}, {TASKS[1]})" in second.text
+    nothing = report(STANDARD, cells({**SUCCESS, ORACLE: 0.4})).findings[1]
+    assert "Not judged: the oracle's gain is clear on no task" in nothing.text
+
+
+def test_a_single_seed_shows_nothing() -> None:
+    broken = [each if each.cell.seed == 0 else replace(each, error="it broke", measures={}) for each in cells(SUCCESS)]
+    first, second, third = report(STANDARD, broken).findings[:3]
+    assert not first.clear
+    assert not second.clear
+    assert "Not met: none on any task (72 of their cells failed)" in first.text
+    assert "Not judged" in second.text
+    assert third.text.startswith("Control")
 
 
 def test_no_share_of_a_gain_that_is_not_there() -> None:

@@ -120,9 +120,38 @@ def test_failed_cells_leave_a_report() -> None:
         for each in cells_like(lambda arm, _, h: ERRORS[arm] * h)
     ]
     found = report(STANDARD, cells)
-    assert all(finding.text.startswith("Target missed") for finding in found.findings)
+    texts = [finding.text for finding in found.findings]
+    assert [text.split(" ")[0] for text in texts] == ["Target"] * 6 + ["Not"] * 3, "comparisons, consistency"
+    assert not any(finding.clear for finding in found.findings)
     table: ReportTable = next(table for table in found.tables if table.name == "consistency-box-push")
     assert table.rows[0][1] == "0 (5 failed)"
+
+
+def test_a_seed_in_which_nothing_succeeds_inside_is_no_success() -> None:
+    cells = [
+        CellResult(each.cell, {**each.measures, "free_ratio": None}, each.curves, None, {})
+        if (each.cell.arm, each.cell.seed, each.cell.task) == ("token", 3, "pursuit")
+        else each
+        for each in cells_like(lambda arm, _, h: ERRORS[arm] * h)
+    ]
+    found = {f.text: f.clear for f in report(STANDARD, cells).findings if "as often as inside" in f.text}
+    missed = [text for text in found if text.startswith("Target missed")]
+    assert [text.split(":")[0] for text in missed] == ["Target missed on pursuit"]
+    assert "in 1 of 5 seeds nothing succeeds inside it" in missed[0]
+    assert not found[missed[0]]
+
+
+def test_earlier_moments_are_worth_what_all_long_horizons_say() -> None:
+    def errors(arm: str, task: str, h: int) -> float:
+        worse = arm == "token-recalling" and task == "pursuit" and h == 20
+        return ERRORS[arm] * h * (10 if worse else 1)
+
+    found = {
+        finding.text.split(":")[0]: finding.clear
+        for finding in report(STANDARD, cells_like(errors)).findings
+        if "shown three earlier moments" in finding.text
+    }
+    assert found == {"rendezvous": True, "pursuit": False}
 
 
 def test_cells_differ_by_their_subject_alone() -> None:
