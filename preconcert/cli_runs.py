@@ -48,6 +48,7 @@ def train(
 ) -> None:
     """Train a team: scripted play, warm start, gate, reinforcement learning."""
     from preconcert.config import load_recipe
+    from preconcert.training.run import check_begin
 
     if resume and fresh:
         raise ConfigError("--resume goes on with a run and --fresh deletes it; take one of them")
@@ -59,6 +60,7 @@ def train(
         if ":" in resolved.task:
             check_env_of(resolved.task, resolved.params)
         if fresh and os.environ.get("RANK", "0") == "0":
+            check_begin(resolved)  # whatever is refused deletes nothing
             _delete_run(folder)
         again = shlex.join(["preconcert", "train", str(recipe), *(overrides or []), "--out", str(folder), "--resume"])
         _train(resolved, folder, resume, again)
@@ -290,9 +292,9 @@ def _train(recipe: Recipe, folder: Path, resume: bool, again: str) -> None:
         raise typer.Exit(INTERRUPTED) from None
     except Exception:
         if not begun and not (folder / "warm_start.json").exists() and folder.is_dir():
-            shutil.rmtree(folder)
-            if existed:
-                folder.mkdir()
+            _empty(folder)
+            if not existed:
+                folder.rmdir()
         raise
 
 
@@ -304,9 +306,15 @@ def _run_name(recipe: Path) -> str:
 
 
 def _delete_run(folder: Path) -> None:
-    """Delete a run folder, and nothing else."""
+    """Delete what is in a run folder, and nothing else."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / "recipe.json").is_file():
         raise ConfigError(f"{str(folder)!r} is not a run: it has no recipe.json; nothing was deleted")
-    shutil.rmtree(folder.resolve())
+    _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a folder; it may itself be a link to where runs are kept."""
+    for path in list(folder.iterdir()):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

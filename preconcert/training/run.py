@@ -70,6 +70,23 @@ PUBLISHED = "published"
 """Where adapters are written on their way to a sampling engine."""
 
 
+def check_begin(recipe: Recipe) -> tuple[Env, dict[str, str]]:
+    """Refuse a run that cannot begin here, as far as that is known without a folder.
+
+    Returns:
+        An environment of its task, and the adapters by agent.
+
+    Raises:
+        ConfigError: as `check_run` and `check_engine` say.
+        ModelError: no such model.
+    """
+    env = make_env(recipe.task, recipe.params, 0, "train")
+    assignment = assign(recipe, env)
+    check_run(recipe, env, assignment)
+    check_engine(recipe.rollout, _process()[1])
+    return env, assignment
+
+
 def train(
     recipe: Recipe,
     out: Path,
@@ -97,10 +114,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     rank, world = _process()
-    env = make_env(recipe.task, recipe.params, 0, "train")
-    assignment = assign(recipe, env)
-    check_run(recipe, env, assignment)
-    check_engine(recipe.rollout, world)
+    env, assignment = check_begin(recipe)
     prepare_folder(recipe, out, resume, rank)
     names = adapter_names(recipe, assignment)
     trainable = tuple(name for name in names if name not in recipe.frozen)

@@ -74,6 +74,32 @@ def test_training_that_cannot_begin(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("model=/no/such/folder", "/no/such/folder"), ("grpo.report_to=tensorbord", "tensorbord")],
+)
+def test_a_run_that_cannot_begin_deletes_none(
+    run_command: Command, recipe_file: Path, tmp_path: Path, override: str, expected: str
+) -> None:
+    old = tmp_path / "old"
+    (old / "adapters").mkdir(parents=True)
+    (old / "recipe.json").write_text("{}")
+    refused(run_command("train", recipe_file, override, "--fresh", "--out", old), expected)
+    assert sorted(path.name for path in old.iterdir()) == ["adapters", "recipe.json"]
+
+
+def test_a_run_behind_a_link_starts_over_where_it_is(run_command: Command, recipe_file: Path, tmp_path: Path) -> None:
+    kept, link = tmp_path / "scratch", tmp_path / "run"
+    kept.mkdir()
+    (kept / "recipe.json").write_text("{}")
+    (kept / "left").write_text("from before")
+    link.symlink_to(kept)
+    refused(run_command("train", recipe_file, "gate.min_gap=1", "--fresh", "--out", link), "below gate.min_gap=1")
+    assert link.is_symlink()
+    assert (kept / "gate.json").is_file()
+    assert not (kept / "left").exists()
+
+
 def test_an_empty_folder_stays_empty(run_command: Command, recipe_file: Path, tmp_path: Path) -> None:
     refused(run_command("train", recipe_file, "model=/no/such/folder", "--out", tmp_path), "/no/such/folder")
     assert list(tmp_path.iterdir()) == []
