@@ -253,6 +253,9 @@ class _Driver:
                     self._running.pop(known, None)
                 call.answer.set_exception(ModelError(f"vLLM refuses a request: {first_line(error)}"))
                 return
+            except Exception as error:  # the engine's end; nobody else knows of this call yet
+                call.answer.set_exception(EngineDiedError(f"vLLM died: {first_line(error)}"))
+                raise
             call.ids.append(inner)
             self._running[name] = self._running[inner] = (call, place)
 

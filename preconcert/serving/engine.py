@@ -119,10 +119,12 @@ class Supervised:
         self._look.set()
 
     def close(self) -> None:
-        """End the server."""
+        """End the server, also one that is just being started again."""
         self.give_up()
+        self._thread.join(timeout=1)
+        self.server.stop()  # whoever waits for it to answer sees that it has ended
         self._thread.join(timeout=60)
-        self.server.stop()
+        self.server.stop()  # one that was started in between
 
     def _watch(self) -> None:
         unwell = 0

@@ -204,7 +204,7 @@ class Session:
             )
         if needs_places:
             check_places(body.positions or {})
-        world = self._outside
+        world, before = self._outside, self.state
         if world is None:
             if self.step:
                 raise ServiceError(
@@ -217,13 +217,18 @@ class Session:
             raise ServiceError(
                 409, "conflict", f"session {self.id!r} is over after {self.step} steps; open another one"
             )
-        world.supply(observations, body.positions)
-        if self._undelivered is not None:
-            self._carry_out(self._undelivered)
-            self._undelivered = None
-            self.state.turns.clear()
-        self.state.observations = observations
-        turns = self._decide(on_turn)
+        try:
+            world.supply(observations, body.positions)
+            if self._undelivered is not None:
+                self._carry_out(self._undelivered)
+                self._undelivered = None
+                self.state.turns.clear()
+            self.state.observations = observations
+            turns = self._decide(on_turn)
+        except Exception:
+            if not self.step:  # nobody has played in the client's world yet
+                self._outside, self.state = None, before
+            raise
         self._undelivered = turns
         self.step += 1
         return Decided(self.step - 1, tuple(turns.values()))

@@ -10,6 +10,7 @@ each caller's part is tried alone, so that the error reaches the one who made it
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from preconcert.core import EngineAwayError, Latent
+from preconcert.core import EngineAwayError, Latent, ModelError
 from preconcert.models.language_model import (
     ChoiceRequest,
     Completion,
@@ -66,6 +67,8 @@ class _Call:
 _LINGER = 0.25
 """Share of a call's usual time for which those are waited for who were there last time."""
 _LONGEST_LINGER_S = 0.5
+_DEATHS = 2
+"""How often an engine may die while it writes the same before that is taken for the reason."""
 _PAUSES = 2
 """And no longer than this part of it without anybody coming."""
 _WINDOW = 1.6
@@ -255,8 +258,12 @@ class SharedModel:
             start += len(call.requests)
 
     def _patiently(self, kind: str, requests: Sequence[Any]) -> Any:
-        """Call the model, again if its engine died meanwhile: requests carry their seeds, so the answer is the same."""
-        while True:
+        """Call the model, again if its engine died meanwhile: requests carry their seeds, so the answer is the same.
+
+        Raises:
+            ModelError: the engine died of it again and again; of a batch, each call is tried alone then.
+        """
+        for tries in itertools.count():
             starts = 0 if self._engine is None else self._engine.starts
             began = time.perf_counter()
             try:
@@ -264,6 +271,10 @@ class SharedModel:
             except Exception:
                 if self._engine is None or not self._engine.recovered(starts):
                     raise
+                if self._engine.starts > starts and tries + 1 >= _DEATHS:
+                    raise ModelError(
+                        f"the engine died {_DEATHS} times while it wrote this; it is not asked again"
+                    ) from None
                 continue
             took = time.perf_counter() - began
             self._usual_s += 0.2 * (took - self._usual_s)
@@ -271,6 +282,7 @@ class SharedModel:
                 new = sum(len(answer.ids) for answer in answers) if kind == "generate" else 0
                 self.meter(len(requests), took, new)
             return answers
+        raise AssertionError("unreachable")
 
 
 class SharedLatentModel(SharedModel):
