@@ -222,6 +222,10 @@ def write(requests: Sequence[GenerateRequest], writing: Writing, feed: Feed, hea
         writing.record(active, chosen, logprobs)
 
 
+_COLDEST = 1e-6
+"""Below, logits would overflow; the likeliest token is as certain there."""
+
+
 def sample(
     logits: Float[Tensor, "rows columns"],
     allowed: Bool[Tensor, "rows columns"] | None,
@@ -239,7 +243,7 @@ def sample(
     Returns:
         The columns, and their log-probabilities; at temperature 0, those of temperature 1.
     """
-    heat = torch.from_numpy(np.where(temperature > 0, temperature, 1.0)).to(logits.device)
+    heat = torch.from_numpy(np.where(temperature > 0, np.maximum(temperature, _COLDEST), 1.0)).to(logits.device)
     scaled = logits.double() / heat[:, None]
     if allowed is not None:
         scaled = scaled.masked_fill(~allowed, -torch.inf)

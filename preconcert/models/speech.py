@@ -108,9 +108,20 @@ class Speech:
         Raises:
             ModelError: the file is unusable.
         """
-        if not has_codec(folder):
+        self.put(adapter, self.read(folder))
+
+    def read(self, folder: Path) -> LatentCodec | None:
+        """The codec in an adapter's folder; None where there is none.
+
+        Raises:
+            ModelError: the file is unusable.
+        """
+        return load_codec(folder, self._width) if has_codec(folder) else None
+
+    def put(self, adapter: str, codec: LatentCodec | None) -> None:
+        """Give an adapter a codec, in the place of one it may have; None leaves it as it is."""
+        if codec is None:
             return
-        codec = load_codec(folder, self._width)
         held = self.codecs.get(adapter)
         if held is not None and held.settings == codec.settings:
             held.load_state_dict(codec.state_dict())  # an optimizer may hold its parameters

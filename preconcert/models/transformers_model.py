@@ -25,6 +25,7 @@ from preconcert.models.adapters import Adapters, LoraSettings
 from preconcert.models.choosing import check_options, choose_by_score
 from preconcert.models.constrained import UNCONSTRAINED, UNSCORED, constrained_logprobs, grammar_table, head_scale
 from preconcert.models.decoding import Head, Writing, write
+from preconcert.models.decoding_check import check_decoding
 from preconcert.models.language_model import (
     ChoiceRequest,
     Completion,
@@ -93,9 +94,11 @@ class TransformersModel:
             device: as in torch; `auto` is the GPU where there is one.
 
         Raises:
-            ModelError: no such model, a file is missing or unreadable, or the dtype or device is unknown.
+            ModelError: no such model, a file is missing or unreadable, the dtype or device is unknown, or the
+                architecture is one that decoding here gets wrong.
         """
         model, tokenizer = load_checkpoint(name_or_path, dtype, device)
+        check_decoding(cls(model, tokenizer, lora or LoraSettings()))
         return cls(model, tokenizer, lora or LoraSettings())
 
     @property
@@ -139,8 +142,9 @@ class TransformersModel:
         Raises:
             ModelError: the folder is missing or corrupt, or made for another architecture.
         """
+        codec = self._speech.read(Path(path))  # before anything is replaced
         self._adapters.load(name, path)
-        self._speech.load(name, Path(path))
+        self._speech.put(name, codec)
 
     def save_adapter(self, name: str, path: Path) -> None:
         """Write an adapter folder in peft's format; written beside and renamed."""

@@ -7,6 +7,7 @@ Parts: `PromptEmbeddings`, which holds the base's input embeddings and the adapt
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PretrainedConfig
 from preconcert.core import ModelError
 from preconcert.models.language_model import Placed
 from preconcert.models.latents import LatentCodec
-from preconcert.models.loading import first_line
+from preconcert.models.loading import DTYPES, first_line
 from preconcert.models.reading import Body
 from preconcert.models.speech import Speech
 
@@ -46,14 +47,16 @@ class PromptEmbeddings:
     Args:
         base: folder of the base model.
         config: its configuration.
+        dtype: in which the engine holds the model, and so its embeddings and what agents say in vectors.
 
     Raises:
         ModelError: the input embeddings are not found.
     """
 
-    def __init__(self, base: Path, config: PretrainedConfig) -> None:
-        inner: Any = _Embeddings(_weight(base), config)
+    def __init__(self, base: Path, config: PretrainedConfig, dtype: str = "float32") -> None:
+        inner: Any = _Embeddings(_weight(base).to(DTYPES[dtype]), config)
         self._inner = inner
+        self._alone = threading.Lock()  # messages are put in by a hook on what all threads share
         self.speech = Speech(inner, Body(inner, None))
 
     @property
@@ -67,7 +70,7 @@ class PromptEmbeddings:
         Raises:
             ModelError: an adapter without a codec, or a message of another shape than its own.
         """
-        with torch.no_grad(), self.speech.fills([adapter], [latents]):
+        with self._alone, torch.no_grad(), self.speech.fills([adapter], [latents]):
             embedded: Tensor = self._inner.tokens(torch.tensor([prompt_ids]))
         return embedded[0]
 

@@ -88,6 +88,7 @@ class VLLMModel:
         stops: token ids that end a completion without a grammar.
         writer: a model of the same base and adapters in this process that writes latent messages, for which hidden
             states are needed; without one, `speak` is refused.
+        dtype: in which the engine holds the model: float32, bfloat16 or float16.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class VLLMModel:
         base: Path,
         stops: Sequence[int],
         writer: TransformersModel | None = None,
+        dtype: str = "float32",
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -112,7 +114,7 @@ class VLLMModel:
         self._stops = tuple(stops)
         suffix = "" if settings.url is None else f".{secrets.token_hex(3)}"
         self._store = AdapterStore(config, lora, engine, suffix)
-        self._embeddings = PromptEmbeddings(base, config) if settings.latents else None
+        self._embeddings = PromptEmbeddings(base, config, dtype) if settings.latents else None
         for inner in engine.served():
             name, version = version_of(inner)
             if name not in self._store.names or version >= self._store.version(name):
@@ -150,7 +152,7 @@ class VLLMModel:
             engine = ServerEngine(settings, config)
         try:
             stops = eos_ids(tokenizer, generation_of(folder, config))
-            return cls(engine, tokenizer, config, lora, settings, folder, stops, writer)
+            return cls(engine, tokenizer, config, lora, settings, folder, stops, writer, dtype)
         except BaseException:
             engine.close()
             raise
