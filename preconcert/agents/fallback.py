@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from preconcert.agents.team import GenerativeTeam
-from preconcert.core import ConfigError, Turn, TurnRequest
+from preconcert.core import ConfigError, Slot, Turn, TurnRequest
 
 
 class FallbackTeam:
@@ -71,6 +71,10 @@ class FallbackTeam:
         self.decisions += len(requests)
         self.fallen_back += len(places)
         return turns
+
+    def message_slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        """Those of the talking team: whatever is sent is its words."""
+        return self.talking.message_slots(others)
 
     def finish(self, episode: str) -> None:
         """Let go of what is held for an episode."""

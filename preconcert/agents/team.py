@@ -84,6 +84,12 @@ class AgentSettings(BaseModel):
             raise ValueError(f"codec=latent needs context=turn, not {self.context.value}")
         return self
 
+    @model_validator(mode="after")
+    def _transcripts_remember_by_themselves(self) -> AgentSettings:
+        if self.memory and self.context is not Context.TURN:
+            raise ValueError(f"memory={self.memory} is for context=turn; a {self.context.value} holds every action")
+        return self
+
 
 def turn_format_of(tokenizer: Any, settings: AgentSettings, codec: TurnCodec) -> TurnFormat:
     """The form of an agent's turns and prompts.
@@ -266,22 +272,26 @@ class GenerativeTeam:
             self.heard(request.agent, request.observation, request.inbox, request.others, memory.actions)
             for request, memory in zip(requests, memories, strict=True)
         ]
+        forms = [
+            self.format.automaton(request.others, request.observation.legal_actions)
+            if self.settings.constrained
+            else None
+            for request in requests
+        ]
         completions = self.model.generate(
             [
                 GenerateRequest(
                     prompt_ids=prompt,
                     seed=request.seed,
                     adapter=self.adapter_of(request),
-                    automaton=self.format.automaton(request.others, request.observation.legal_actions)
-                    if self.settings.constrained
-                    else None,
-                    max_tokens=self.settings.max_tokens,
+                    automaton=form,
+                    max_tokens=self.settings.max_tokens if form is None else form.longest,
                     temperature=self.temperature,
                     session=f"{request.episode}/{request.agent}" if kept else None,
                     watch=frozenset(self._intended(request)),
                     latents=latents,
                 )
-                for request, prompt, latents in zip(requests, prompts, heard, strict=True)
+                for request, prompt, latents, form in zip(requests, prompts, heard, forms, strict=True)
             ]
         )
         self.tokens_generated += sum(len(completion.ids) for completion in completions)

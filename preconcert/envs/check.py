@@ -61,8 +61,7 @@ def check_env(make: Callable[[int], Env], seeds: Sequence[int] = (0, 1, 2)) -> l
         _check_same(trace, _play(make(seed), seed, _again(trace)), f"two plays of seed {seed} with the same actions")
         _check_snapshot(make, seed, trace)
         _check_refusals(make(seed), seed)
-        if env.language.view is not None:
-            check_determined(env.language.view, trace.steps(), seen)
+        check_determined(env.language, trace.steps(), seen)
         traces.append(trace)
     if _global_random_state() != global_before:
         raise EnvError("the environment draws from the global random state; use np.random.default_rng(seed)")

@@ -73,26 +73,30 @@ def check_view_text(language: TaskLanguage, observation: Observation, where: str
 
 
 def check_determined(
-    view: View,
+    language: TaskLanguage,
     steps: Sequence[tuple[Mapping[str, Observation], Mapping[str, str], Mapping[str, Observation]]],
     seen: Seen,
 ) -> None:
     """Do fields that claim to be determined ever take two values after equal views and joint actions?
 
     Args:
-        view: of the environment's language.
+        language: of the environment; agents whose views it does not describe are left out.
         steps: views before, joint action, views after.
         seen: what followed what so far; filled further, so that episodes are compared with each other too.
     """
+    name = "language.view" if language.view is not None else "language.views"
     for before, actions, after in steps:
         joint = tuple(sorted(actions.items()))
         for agent, observation in before.items():
+            view = language.view_of(agent)
+            if view is None:
+                continue
             values = view.parse(observation.text)
             following = view.parse(after[agent].text)
             known = seen.setdefault((agent, values, joint), following)
             for field, one, other in zip(view.fields, known, following, strict=True):
                 if field.determined and one != other:
                     raise EnvError(
-                        f"language.view field {field.name!r} claims to be determined, but after {observation.text!r} "
+                        f"{name} field {field.name!r} claims to be determined, but after {observation.text!r} "
                         f"of {agent!r} and {dict(actions)!r} it was {one!r} once and {other!r} another time"
                     )

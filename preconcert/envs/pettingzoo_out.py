@@ -87,7 +87,7 @@ class PettingZooTask(ParallelEnv[str, dict[str, Any], Action]):  # type: ignore[
         """Carry out one action per agent."""
         if self._env is None:
             raise EnvError("step before reset")
-        chosen = {agent: [int(part) for part in np.atleast_1d(action)] for agent, action in actions.items()}
+        chosen = {agent: self._parts(agent, action) for agent, action in actions.items()}
         result = self._env.step({agent: self._language.actions[parts[0]] for agent, parts in chosen.items()})
         self._said = {
             agent: tuple(slot.choices[part] for slot, part in zip(self._slots, parts[1:], strict=True))
@@ -103,6 +103,18 @@ class PettingZooTask(ParallelEnv[str, dict[str, Any], Action]):  # type: ignore[
         cut = dict.fromkeys(self.possible_agents, result.truncated)
         rewards = {agent: float(reward) for agent, reward in result.rewards.items()}
         return self._encode(self._views), rewards, ended, cut, infos
+
+    def _parts(self, agent: str, action: Action) -> list[int]:
+        """An action's number, and those of a message's words.
+
+        Raises:
+            EnvError: it is not in the agent's action space.
+        """
+        parts = [int(part) for part in np.atleast_1d(action)]
+        sizes = [len(self._language.actions), *(len(slot.choices) for slot in self._slots)]
+        if len(parts) != len(sizes) or not all(0 <= part < size for part, size in zip(parts, sizes, strict=True)):
+            raise EnvError(f"action {parts} of {agent!r}: expected {len(sizes)} numbers from 0, below {sizes}")
+        return parts
 
     def state(self) -> NDArray[np.int64]:
         """The word ids of what every agent was given, one agent after the other."""

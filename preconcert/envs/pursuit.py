@@ -225,6 +225,11 @@ class Pursuit(Task[PursuitParams, _State]):
         """The evaders as they are now."""
         return self._state.evaders
 
+    def after(self, moves: tuple[str, ...]) -> tuple[Surroundings, tuple[Evader, ...]]:
+        """What evaders could look at, and the evaders, if the agents now moved so."""
+        state = self._after(self.walls, self._state, moves)
+        return self._around(self.walls, state), state.evaders
+
     def cell_of(self, agent: str) -> Cell:
         """Where an agent is."""
         return self._state.agents[self.agents.index(agent)]

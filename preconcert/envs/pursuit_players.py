@@ -121,14 +121,17 @@ class PursuitExpert:
     def decide(
         self, env: Env, observation: Observation, inbox: Sequence[Message], rng: np.random.Generator
     ) -> Decision:
-        """Its part of the joint plan, and where the evader is."""
+        """Its part of the joint plan, where the evader is, and its part of the plan one step later."""
         task = cast("Pursuit", env)
-        left = task.horizon - observation.step
-        moves = joint_plan(task.around, task.evaders, task.params.hands, task.params.reach, left)
+        hands, reach, left = task.params.hands, task.params.reach, task.horizon - observation.step
+        moves = joint_plan(task.around, task.evaders, hands, reach, left)
+        around, evaders = task.after(moves)
+        done = left == 1 or all(evader.caught for evader in evaders)
+        later = ("stay",) * len(moves) if done else joint_plan(around, evaders, hands, reach, left - 1)
         evader = next(evader for evader in task.evaders if not evader.caught)
         row, column = evader.cell
         number = task.agents.index(observation.agent)
-        return Decision(moves[number], f"{row} {column} {evader.went[0]} {moves[number]}")
+        return Decision(moves[number], f"{row} {column} {evader.went[0]} {later[number]}")
 
 
 def joint_plan(

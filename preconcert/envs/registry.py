@@ -68,6 +68,8 @@ def make_env(task: str, params: Mapping[str, Any], seed: int, split: str = "trai
 def _import_class(name: str) -> type[Env]:
     """Import `module:Class`."""
     module_name, _, class_name = name.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(f"task {name!r}: {module_name!r} is not a module name")
     try:
         with _current_directory_importable():
             module = importlib.import_module(module_name)
@@ -76,8 +78,6 @@ def _import_class(name: str) -> type[Env]:
             raise
         here = [path.stem for path in Path.cwd().glob("*.py")]
         raise ConfigError(f"task {name!r}: no module {module_name!r}; {nearest(module_name, here)}") from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"task {name!r}: {module_name!r} is not a module name: {error}") from None
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type) and hasattr(value, "step")]

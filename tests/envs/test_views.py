@@ -85,7 +85,7 @@ def test_views_read_every_text_and_are_determined_where_they_say_so(
                 assert view.render(values) == observation.text
                 told = {field.name: value for field, value in zip(view.fields, values, strict=True)}
                 assert {**told, **observation.fields} == told
-            check_determined(view, [(before, actions, after)], seen)
+            check_determined(env.language, [(before, actions, after)], seen)
             for agent, observation in before.items():
                 now = dict(zip(fields, view.parse(observation.text), strict=True))
                 then = dict(zip(fields, view.parse(after[agent].text), strict=True))

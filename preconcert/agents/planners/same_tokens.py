@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from preconcert.agents.planners.paths import distinct
-from preconcert.core import ConfigError, Rehearsing, Turn, TurnRequest, derive_seed
+from preconcert.core import ConfigError, Rehearsing, Slot, Turn, TurnRequest, derive_seed
 
 
 def samples_for(tokens_per_decision: float, tokens_per_turn: float) -> int:
@@ -68,6 +68,11 @@ class SameTokensTeam:
         """Number of updates behind an adapter."""
         asked = getattr(self.policy, "version_of", None)
         return self.policy.version if asked is None else int(asked(adapter))
+
+    def message_slots(self, others: Sequence[str]) -> tuple[Slot, ...] | None:
+        """Those of the policy; None where it has none of its own."""
+        asked = getattr(self.policy, "message_slots", None)
+        return None if asked is None else tuple(asked(others))
 
     def decide(self, requests: Sequence[TurnRequest]) -> list[Turn]:
         """One turn per request, of those sampled; a malformed one only if there is no other."""
