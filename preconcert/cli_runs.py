@@ -163,7 +163,8 @@ def export(
 ) -> None:
     """Write a folder that vLLM, peft and transformers load without this package, with a model card.
 
-    The card's table is the run's last evaluation; a run without one is evaluated first, as by `preconcert eval`.
+    The card's table is the run's largest evaluation, the newest of equals; a run without one is evaluated first, as by
+    `preconcert eval`.
     """
     from preconcert.config import load_run
 

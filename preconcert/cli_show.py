@@ -118,10 +118,11 @@ def watch(
 
         planned, others = planned_with(plan, planner, model, greedy, overrides or [])
         special = around(planned, fallback, patience)
-        recipe = override_play(load_run(run), others)
+        held = load_run(run)
+        recipe = override_play(held, others)
         seeds = [spec.seed for spec in heldout_specs(recipe, episodes, seed)]
         replays = _replays(run, recipe, seeds, seed, greedy, special)
-        ceiling = no_message_ceiling(recipe)
+        ceiling = no_message_ceiling(held)  # beside figures of the run as it was trained
         figures, note = headline(saved_evaluation(run), ceiling)
         params = ", ".join(f"{key} {value}" for key, value in recipe.params.items())
         summary = [

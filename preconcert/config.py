@@ -251,7 +251,7 @@ def _check_names(recipe: Recipe) -> None:
 
     recipe.grpo.rewards.check(assign(recipe, make_env(recipe.task, recipe.params, 0, "train")))
     name = recipe.model
-    close = difflib.get_close_matches(name, [STARTER], cutoff=0.5)
+    close = [] if "/" in name else difflib.get_close_matches(name, [STARTER], cutoff=0.5)
     if close and name != STARTER and not Path(name).expanduser().exists():
         raise UnknownNameError("model", name, [STARTER])
 

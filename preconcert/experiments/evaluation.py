@@ -445,7 +445,8 @@ def differences(held: Recipe, changed: Recipe) -> dict[str, Any]:
 
 
 def saved_evaluation(run: Path) -> dict[str, Any] | None:
-    """The last evaluation of a run as it was trained; None where there is none."""
+    """The evaluation of a run as it was trained that has the most episodes, the newest of equals; None where there is
+    none."""
     found: list[tuple[str, dict[str, Any]]] = []
     for file in (run / FOLDER).glob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
