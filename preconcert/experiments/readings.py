@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from preconcert.experiments.experiment import CellResult
 from preconcert.experiments.report import Entry, Finding, ReportTable
-from preconcert.experiments.statistics import Comparison, Estimate, Statistic, compare, estimate, holm, iqm
+from preconcert.experiments.statistics import Comparison, Estimate, Statistic, compare, estimate, holm, iqm, p_shown
 
 Reading = Callable[[CellResult], float | None]
 """One figure of a cell; None where it has none."""
@@ -100,14 +100,14 @@ def comparisons_table(
         clear = found.verdict != 0 and p_value < SIGNIFICANT
         says = ("worse", "not told apart", "better")[found.verdict + 1] if clear else "not told apart"
         rows.append(
-            (contrast.title, found.difference.count, found.difference, found.improvement, f"{p_value:.3f}", says)
+            (contrast.title, found.difference.count, found.difference, found.improvement, p_shown(p_value), says)
         )
         if clear:
             difference = found.difference
             findings.append(
                 Finding(
                     f"{contrast.title}: {what} differs by {difference.value:+.3f} "
-                    f"(95%: {difference.low:+.3f} to {difference.high:+.3f}), p = {p_value:.3f} after Holm.",
+                    f"(95%: {difference.low:+.3f} to {difference.high:+.3f}), p after Holm {p_shown(p_value)}.",
                     True,
                 )
             )

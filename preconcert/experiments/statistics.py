@@ -168,6 +168,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def p_shown(p_value: float) -> str:
+    """A p-value to three places; one that would read 0.000 as what it is below."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
 def mean(values: np.ndarray) -> np.ndarray:
     """The mean along the last axis, as a statistic."""
     return np.asarray(values, dtype=float).mean(axis=-1)

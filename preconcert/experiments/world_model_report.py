@@ -8,7 +8,7 @@ from preconcert.experiments.experiment import CellResult, Plan
 from preconcert.experiments.figures import curves_figure, reliability_figure
 from preconcert.experiments.readings import SIGNIFICANT, Readings, measure_named
 from preconcert.experiments.report import Entry, Finding, Report, ReportFigure, ReportTable
-from preconcert.experiments.statistics import Comparison, Estimate, holm, mean
+from preconcert.experiments.statistics import Comparison, Estimate, holm, mean, p_shown
 
 SUBJECT = "token"
 """The arm that the targets are about."""
@@ -130,7 +130,7 @@ def _comparisons(plan: Plan, readings: Readings) -> tuple[ReportTable, list[Find
             continue
         clear = found.verdict != 0 and p_value < SIGNIFICANT
         says = ("lower", "not told apart", "higher")[found.verdict + 1] if clear else "not told apart"
-        rows.append((title, "all", found.difference.count, found.difference, found.improvement, f"{p_value:.3f}", says))
+        rows.append((title, "all", found.difference.count, found.difference, found.improvement, p_shown(p_value), says))
         apart = []
         for task in plan.tasks:
             alone = readings.compare(rival, SUBJECT, measure_named(f"mse_a_{h}"), task.name)
@@ -149,7 +149,7 @@ def _comparisons(plan: Plan, readings: Readings) -> tuple[ReportTable, list[Find
         )
         text += (
             f", difference {found.difference.value:+.4f} (95%: {found.difference.low:+.4f} to "
-            f"{found.difference.high:+.4f}), p = {p_value:.3f} after Holm."
+            f"{found.difference.high:+.4f}), p after Holm {p_shown(p_value)}."
         )
         if apart:
             text += f" By itself it is not clearly higher on {', '.join(apart)}."

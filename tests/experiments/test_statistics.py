@@ -14,6 +14,7 @@ from preconcert.experiments.statistics import (
     holm,
     iqm,
     mean,
+    p_shown,
     probability_of_improvement,
     sign_flip,
 )
@@ -140,3 +141,9 @@ def test_verdicts() -> None:
         assert found is not None
         assert found.verdict == expected
     assert compare(low, {"b": {0: 1.0}}, 0) is None
+
+
+def test_a_p_value_never_reads_as_nothing() -> None:
+    assert p_shown(0.0004) == "< 0.001"
+    assert p_shown(0.0124) == "0.012"
+    assert p_shown(1.0) == "1.000"
