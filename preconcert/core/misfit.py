@@ -54,7 +54,12 @@ def describe(error: Misfit, model: type[BaseModel], content: Any, prefix: str = 
 def _path(loc: Sequence[int | str], content: Any, kind: str) -> list[str]:
     """The keys of a location, without the tags that pydantic adds for unions."""
     path: list[str] = []
+    tagged = False
     for number, part in enumerate(loc):
+        if not tagged and isinstance(content, Mapping) and content.get("type") == part and number + 1 < len(loc):
+            tagged = True  # the member of a union, which may be called as one of its own keys is
+            continue
+        tagged = False
         try:
             content = content[part]
         except (KeyError, IndexError, TypeError):

@@ -68,6 +68,9 @@ class FromPettingZoo:
         if self._phase != "fresh":
             raise EnvError("reset a second time; an instance is played once, make a new one")
         seen, infos = self._env.reset(seed=self._seed)
+        unseen = [name for name in self._names.values() if name not in seen]
+        if unseen:
+            raise EnvError(f"no view of {', '.join(map(repr, unseen))} at reset; all must be there from the start")
         self._take(seen, infos)
         self._phase = "running"
         return self._views()

@@ -92,6 +92,8 @@ class ExactModel:
     """Steps ahead that it imagines truly; beyond, it takes left for right."""
     gamble: float = 0.0
     """What `left` pays or costs by chance, at even odds, on top of what it pays."""
+    doubtful: bool = False
+    """After `left`, show by chance, at even odds, what is seen after `right`."""
     calls: list[int] = field(default_factory=list)
     """The size of each batch."""
     finished: list[str] = field(default_factory=list)
@@ -125,7 +127,9 @@ class ExactModel:
         done = len(way) == LENGTH
         luck = self.gamble * (1 if np.random.default_rng(seed).random() < 0.5 else -1) if way == ("left",) else 0.0
         value = (0.0 if done else worth(way)) if self.values else None
-        return ImaginedStep(seen(way), (), {}, pays(way) + luck, done, value, (way, ahead + 1))
+        mistaken = self.doubtful and way == ("left",) and np.random.default_rng(seed).random() < 0.5
+        shown = seen(("right",) if mistaken else way)
+        return ImaginedStep(shown, (), {}, pays(way) + luck, done, value, (way, ahead + 1))
 
 
 def worth(way: Way) -> float:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from preconcert.agents import AgentSettings, ChannelSettings, Context, FallbackTeam, GenerativeTeam
+from preconcert.agents.planners import SameTokensTeam
 from preconcert.core import ConfigError, Episode, Turn, TurnRequest
 from preconcert.envs import make_env
 from preconcert.models import TransformersModel
 from preconcert.prompts import SpanSettings
-from preconcert.training.rollout import rollout
+from preconcert.training.rollout import ScriptedPolicy, rollout
 from tests.training.teams import AGENTS, PARAMS, TASK, load, specs, starter_checkpoint
 
 MUTE = AgentSettings(spans=SpanSettings(say=False))
@@ -122,3 +123,13 @@ def test_the_two_teams_may_have_a_model_each(tmp_path: Path) -> None:
     one, other = (load(starter_checkpoint(tmp_path / name), (*AGENTS, "mute")) for name in ("one", "other"))
     policy = FallbackTeam(team(one, AgentSettings(), *AGENTS), team(other, MUTE, "mute", "mute"), 1)
     assert {turn.adapter for turn in turns_of(play(policy, drop=1.0))} == {*AGENTS, "mute"}
+
+
+def test_the_channel_hears_of_the_form_of_messages(model: TransformersModel) -> None:
+    """A team around a team says what the inner one writes; a planned number of turns changes nothing of it."""
+    own = team(model, AgentSettings(), *AGENTS)
+    slots = own.message_slots(["agent_1"])
+    assert slots
+    assert both(model).message_slots(["agent_1"]) == slots
+    assert SameTokensTeam(own, 3).message_slots(["agent_1"]) == slots
+    assert SameTokensTeam(ScriptedPolicy("random"), 3).message_slots(["agent_1"]) is None

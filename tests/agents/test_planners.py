@@ -167,6 +167,22 @@ def test_spread_and_disagreement_count_against_a_candidate(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SEARCHES)
+def test_what_the_model_is_not_sure_of_counts_against_a_candidate(name: str) -> None:
+    """Within one step `left` pays 0.1 and may look like `right`, which pays nothing and always looks the same."""
+    plain = SEARCHES[name].model_copy(update={"horizon": 1, "samples": 8, "outcomes": 8, "exploration": 5.0})
+    careful = plain.model_copy(update={"score": ScoreSettings(gamma=1.0, disagreement_weight=1.0, prior_weight=0.0)})
+    for settings, chosen in ((plain, "left"), (careful, "right")):
+        [turn] = team(settings, ExactModel(doubtful=True)).decide([request_at(seed=3)])
+        left = next(each for each in turn.candidates if each.action == "left")
+        right = next(each for each in turn.candidates if each.action == "right")
+        assert left.disagreement > 0.1
+        assert right.disagreement == 0.0
+        weight = settings.score.disagreement_weight
+        assert left.score == pytest.approx(left.mean - weight * left.disagreement)
+        assert turn.action == chosen
+
+
+@pytest.mark.parametrize("name", SEARCHES)
 def test_answers_do_not_depend_on_the_batch(name: str) -> None:
     model = ExactModel(values=True, gamble=0.2)
     requests = [request_at(seed=seed, episode=f"e{seed}") for seed in range(4)]

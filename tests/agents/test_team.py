@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from preconcert.agents import AgentSettings, Context, GenerativeTeam
 from preconcert.core import Episode, SpanKind, Turn, UnknownNameError
@@ -106,3 +107,8 @@ def test_nothing_is_held_after_the_end(model: TransformersModel, context: Contex
     play(team)
     assert not team._memories
     assert not model._sessions._held
+
+
+def test_a_transcript_needs_no_memory() -> None:
+    with pytest.raises(ValidationError, match="memory=2 is for context=turn"):
+        AgentSettings(context="transcript", memory=2)  # type: ignore[arg-type]

@@ -104,6 +104,11 @@ def test_a_bad_override_is_one_line(recipe: Path, override: str, expected: str) 
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_with_an_owner_is_no_misspelling(recipe: Path) -> None:
+    """Is it really there? That is found out when it is loaded."""
+    assert load_recipe(recipe, ["model=bigcode/starcoder"]).model == "bigcode/starcoder"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -58,6 +58,14 @@ def test_out_messages_arrive_one_step_later() -> None:
     assert views["agent_0"]["observation"][-1] == env.ids["none"]
 
 
+@pytest.mark.parametrize("action", [[4, -1], [4, 9], [5, 0], [4], [4, 0, 0]])
+def test_out_refuses_what_is_not_in_the_action_space(action: list[int]) -> None:
+    env = wrapped("signal", messages=True)
+    env.reset(seed=1)
+    with pytest.raises(EnvError, match=r"of 'agent_0': expected 2 numbers from 0, below \[5, 9\]"):
+        env.step({"agent_0": np.array(action), "agent_1": np.array([4, 8])})
+
+
 def test_out_ends_with_success_in_the_infos() -> None:
     env = wrapped("rendezvous")
     env.reset(seed=0)
@@ -111,3 +119,11 @@ def test_in_refuses_what_has_no_names() -> None:
     env.reset()
     with pytest.raises(EnvError, match="illegal action 'a9' of 'agent_0'"):
         env.step({"agent_0": "a9", "agent_1": "a0"})
+
+
+def test_in_refuses_agents_who_are_not_there_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = spread()(0)
+    reset = env._env.reset
+    monkeypatch.setattr(env._env, "reset", lambda seed: ({"agent_0": reset(seed=seed)[0]["agent_0"]}, {}))
+    with pytest.raises(EnvError, match="no view of 'agent_1' at reset"):
+        env.reset()

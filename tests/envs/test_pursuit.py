@@ -10,6 +10,7 @@ from preconcert.core import ConfigError
 from preconcert.envs import make_env
 from preconcert.envs.evaders import RULES, Evader, Surroundings, begin, evade, path
 from preconcert.envs.grid import Cell, cells
+from preconcert.envs.pursuit_players import PursuitExpert
 from tests.envs.playing import success
 
 
@@ -198,3 +199,23 @@ def test_foresight_is_worth_a_lot_and_so_are_messages() -> None:
     exact = {"reach": 0}
     assert success("pursuit", exact, "scripted", "train", 60) <= 0.1
     assert success("pursuit", exact, "interceptor", "train", 60) >= 0.5
+
+
+@pytest.mark.parametrize("params", [{}, {"agents": 3, "evaders": 2}])
+def test_the_expert_announces_the_move_it_makes_next(params: dict[str, Any]) -> None:
+    expert, kept, rng = PursuitExpert(), 0, np.random.default_rng(0)
+    for seed in range(6):
+        env: Any = make_env("pursuit", params, seed)
+        views, announced = env.reset(), None
+        while True:
+            decided = {agent: expert.decide(env, view, (), rng) for agent, view in views.items()}
+            moves = {agent: decision.action for agent, decision in decided.items()}
+            if announced is not None:
+                assert moves == announced
+                kept += 1
+            announced = {agent: decision.message.split()[-1] for agent, decision in decided.items()}
+            result = env.step(moves)
+            views = result.observations
+            if result.done:
+                break
+    assert kept > 10

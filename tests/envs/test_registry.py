@@ -58,3 +58,13 @@ def test_an_error_inside_the_users_module_is_shown_as_it_is(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         make_env("broken_task_module:Thing", {}, 0)
+
+
+@pytest.mark.parametrize(("line", "kind"), [("int(None)", TypeError), ("int('x')", ValueError)])
+def test_no_error_of_the_users_module_is_taken_for_a_bad_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, kind: type[Exception]
+) -> None:
+    (tmp_path / f"wrong_{kind.__name__.lower()}.py").write_text(f"{line}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind):
+        make_env(f"wrong_{kind.__name__.lower()}:Thing", {}, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from preconcert.core import GrammarError, ModelError
 from preconcert.models import (
@@ -36,6 +37,34 @@ def grammar(first: int, gaps: tuple[int, ...], eos: int = 2) -> Automaton:
             builder.literal([9] * gap)
     builder.literal([eos])
     return builder.build()
+
+
+def test_an_architecture_that_decodes_otherwise_is_refused(tmp_path: Path) -> None:
+    """Its own forward pass divides its logits by a number that decoding knows nothing of."""
+    tokenizer = build_chat_tokenizer()
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3,
+    }
+    for scaling in (1.0, 0.25):
+        folder = tmp_path / str(scaling)
+        torch.manual_seed(0)
+        HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**shape, logits_scaling=scaling)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    TransformersModel.load(tmp_path / "1.0", LoraSettings(r=4))
+    with pytest.raises(ModelError, match=r"'hyperclovax' cannot be decoded here.* nats away"):
+        TransformersModel.load(tmp_path / "0.25", LoraSettings(r=4))
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-300, 5e-324])
+def test_the_smallest_temperatures_write_the_likeliest(model: TransformersModel, temperature: float) -> None:
+    for cold, coldest in zip(
+        model.generate(requests_of(15, temperature=temperature)),
+        model.generate(requests_of(15, temperature=0.0)),
+        strict=True,
+    ):
+        assert cold.ids == coldest.ids
+        assert np.allclose([value for value, drawn in zip(cold.logprobs, cold.sampled, strict=True) if drawn], 0)
 
 
 def requests_of(count: int, **changes: object) -> list[GenerateRequest]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from preconcert.core import ModelError
 from preconcert.models import (
@@ -21,6 +21,7 @@ from preconcert.models import (
     VLLMSettings,
     check_backend,
 )
+from preconcert.models.vllm_embeddings import PromptEmbeddings
 from preconcert.models.vllm_heads import HeadFit, fitted_checkpoint
 from preconcert.models.vllm_instructions import GRAMMAR, ROWS, Row, Spelling, instructions, read_instructions
 from preconcert.models.vllm_model import VLLMModel
@@ -226,3 +227,19 @@ def test_a_grammar_of_everything_has_no_way_to_end() -> None:
     builder.choice([(0,), (1, 2), (1, 3)])
     with pytest.raises(ModelError, match="leaves none to end with"):
         Spelling.of(builder.build(), 4)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("held", ["bfloat16", "float32"])
+def test_prompts_are_embedded_in_the_type_that_the_engine_holds(
+    base: Path, place: Path, reference: TransformersModel, tmp_path: Path, stored: str, held: str
+) -> None:
+    AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, stored)).save_pretrained(tmp_path)
+    embeddings = PromptEmbeddings(tmp_path, AutoConfig.from_pretrained(base), held)
+    embeddings.speech.load("red", place / "red")
+    asked = next(one for one in requests(reference, 40, latents=True) if one.latents and one.adapter == "red")
+    found = embeddings.of(asked.prompt_ids, asked.adapter, asked.latents)
+    assert found.dtype == getattr(torch, held)
+    exact = PromptEmbeddings(base, AutoConfig.from_pretrained(base))
+    exact.speech.load("red", place / "red")
+    assert torch.allclose(found.float(), exact.of(asked.prompt_ids, asked.adapter, asked.latents), atol=0.03)

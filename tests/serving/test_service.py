@@ -169,6 +169,15 @@ def test_observations_are_refused_and_the_session_stands(
     assert [turn["token_ids"] for turn in answer.json()["turns"]] == [turn["token_ids"] for turn in there["turns"]]
 
 
+def test_a_first_observation_that_is_refused_does_not_bind_the_session(http: httpx.Client) -> None:
+    names = [session(http, instance=3, seed=2) for _ in range(2)]
+    refused(http.post(f"/v1/sessions/{names[0]}/observe", json={"observations": seen(actions=["nort"])}), 422, "nort")
+    answers = [http.post(f"/v1/sessions/{name}/step") for name in names]
+    assert answers[0].status_code == 200
+    tried, plain = ([turn["token_ids"] for turn in answer.json()["turns"]] for answer in answers)
+    assert tried == plain
+
+
 def test_a_world_of_the_clients_own(http: httpx.Client) -> None:
     name = session(http, **FREE, seed=3)
     first = http.post(f"/v1/sessions/{name}/observe", json={"observations": seen()}).json()
@@ -264,6 +273,19 @@ class Slow:
         return self.model.generate(requests)
 
 
+class Counting(Slow):
+    """Writes down how many are asked for at once; the first of all takes a while."""
+
+    def __init__(self, model: Any, tried: list[int]) -> None:
+        super().__init__(model, 0.0)
+        self.tried = tried
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        self.tried.append(len(requests))
+        time.sleep(1.0 if len(self.tried) == 1 else 0.0)
+        return self.model.generate(requests)
+
+
 def test_who_is_told_to_wait_gets_the_turn_later(served: Callable[..., ServedTeam]) -> None:
     team = served()
     team.model.inner = Slow(team.model.inner, 1.0)  # type: ignore[arg-type]
@@ -297,8 +319,8 @@ def test_what_is_being_written_at_the_end_is_finished(served: Callable[..., Serv
 
 
 def test_a_batch_fails_only_for_who_broke_it(model: TransformersModel) -> None:
-    calls: list[int] = []
-    common = SharedModel(model, 4096, meter=lambda rows, seconds, tokens: calls.append(rows))
+    tried: list[int] = []
+    common = SharedModel(Counting(model, tried), 4096)  # type: ignore[arg-type]
     good = GenerateRequest((5, 6, 7), 1, "agent_0", max_tokens=4)
     bad = GenerateRequest((5, 6, 7), 1, "nobody", max_tokens=4)
     expected = model.generate([good])[0].ids
@@ -310,14 +332,22 @@ def test_a_batch_fails_only_for_who_broke_it(model: TransformersModel) -> None:
         except Exception as error:
             answers[number] = error
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(9)]
+    threads[8].start()  # while it is being answered, the others queue up
+    deadline = time.monotonic() + 20
+    while not tried:
+        assert time.monotonic() < deadline
+    for thread in threads[:8]:
         thread.start()
     for thread in threads:
         thread.join(30)
     common.close()
+    assert tried[0] == 1
+    assert max(tried) > 1, "nothing was ever answered together"
+    assert sum(tried[1:]) > 8, "who shares a batch with a bad call is asked for again, alone"
     assert "unknown adapter 'nobody'" in str(answers.pop(3))
     assert set(answers.values()) == {expected}
+    assert len(answers) == 8
 
 
 def test_episodes_are_as_long_as_the_service_allows(served: Callable[..., ServedTeam]) -> None:
