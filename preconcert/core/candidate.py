@@ -25,8 +25,9 @@ class Candidate:
     action: str
     message: str | None
     score: float
-    """What it was chosen by: the mean return, less what spread and disagreement weigh, and more or less by how often
-    the policy proposed it."""
+    """What its action was chosen by: the mean return, less what spread and disagreement weigh, and the less for how
+    seldom the policy proposes that action. Candidates that differ in their words alone share it; in a beam, plans do
+    not."""
     mean: float
     """Mean imagined return."""
     spread: float

@@ -15,6 +15,7 @@ from preconcert.agents.planners.paths import (
     Path,
     Plan,
     Proposal,
+    Weighed,
     advance,
     candidate,
     distinct,
@@ -39,13 +40,13 @@ class _Partial:
     count: int
     """How often the policy sampled the last turn."""
     share: float
-    """Of the policy's samples that proposed its first move."""
+    """Of the policy's samples that proposed its first action."""
     order: int
     """In which it was made, among those of its moment."""
     paths: list[Path]
     moves: list[Move]
     """The next move on each way that is not over."""
-    weighed: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    weighed: Weighed = (0.0, 0.0, 0.0, 0.0)
 
     @property
     def live(self) -> list[Path]:
