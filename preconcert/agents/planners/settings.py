@@ -36,7 +36,7 @@ class ScoreSettings(BaseModel):
     """How much the standard deviation of a candidate's imagined returns counts against it."""
     disagreement_weight: float = Field(0.0, ge=0)
     """How much it counts against a candidate that its samples show different views."""
-    prior_weight: float = Field(0.1, ge=0)
+    prior_weight: float = Field(0.2, ge=0)
     """How much the logarithm of the share of samples in which the policy proposed an action counts for it. What is
     imagined is noisy, and the best of many noisy scores is often a slip; this asks a rare action to look better by so
     much more (the trade between value and divergence from the policy of Abdolmaleki et al. 2018)."""
