@@ -48,7 +48,6 @@ def train(
 ) -> None:
     """Train a team: scripted play, warm start, gate, reinforcement learning."""
     from preconcert.config import load_recipe
-    from preconcert.training.run import check_begin
 
     if resume and fresh:
         raise ConfigError("--resume goes on with a run and --fresh deletes it; take one of them")
@@ -60,6 +59,8 @@ def train(
         if ":" in resolved.task:
             check_env_of(resolved.task, resolved.params)
         if fresh and os.environ.get("RANK", "0") == "0":
+            from preconcert.training.run import check_begin
+
             check_begin(resolved)  # whatever is refused deletes nothing
             _delete_run(folder)
         again = shlex.join(["preconcert", "train", str(recipe), *(overrides or []), "--out", str(folder), "--resume"])
