@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from preconcert.agents import GenerativeTeam
-from preconcert.core import ConfigError, Turn, TurnRequest, UnknownNameError
+from preconcert.core import ConfigError, Slot, Turn, TurnRequest, UnknownNameError
 from preconcert.experiments.evaluation import Players, heldout_specs, play, sides_of
 from preconcert.experiments.exact_games import ExactGame, GameValue, Strategy, exact_game
 from preconcert.experiments.provenance import commit, machine, versions
@@ -131,6 +131,21 @@ class Guests:
             if asked:
                 turns.update(zip(mine, team.decide(asked), strict=True))
         return [turns[place] for place in range(len(requests))]
+
+    def message_slots(self, others: Sequence[str]) -> tuple[Slot, ...]:
+        """The form of messages, which all runs share.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        forms = [team.message_slots(others) for team in self.teams]
+        for number, form in enumerate(forms):
+            if form != forms[0]:
+                raise ConfigError(
+                    f"the runs talk in different forms: the first in {_form(forms[0])}, number {number + 1} in "
+                    f"{_form(form)}; cross-play is between runs of one agent.codec"
+                )
+        return forms[0]
 
     def finish(self, episode: str) -> None:
         """Every run lets go."""
@@ -290,6 +305,10 @@ def write_cross_play(found: CrossPlay, folder: Path) -> tuple[Path, Path]:
     write_json(files[0], json.loads(json.dumps(found.to_json())))
     found.figure().savefig(files[1], dpi=_DPI)
     return files
+
+
+def _form(slots: Sequence[Slot]) -> str:
+    return " ".join(f"{slot.name} ({len(slot.choices)} words)" for slot in slots) or "no words"
 
 
 def _player(entrant: Entrant) -> str:

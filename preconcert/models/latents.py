@@ -214,8 +214,16 @@ class Fills:
 
 def embedding_scale(base: Any) -> float:
     """Root mean square of the model's input embeddings: the typical size of one of their numbers."""
-    weight = base.get_input_embeddings().weight
-    return float(weight.detach().float().square().mean().sqrt())
+    layer = base.get_input_embeddings()
+    return float(layer.weight.detach().float().square().mean().sqrt()) * layer_scale(layer)
+
+
+def layer_scale(layer: nn.Module) -> float:
+    """What an embedding layer multiplies its weights by (Gemma 3: the square root of the width); 1 for a plain one.
+
+    Vectors stand in the place of what comes out of the layer, so it is part of what an embedding is.
+    """
+    return float(getattr(layer, "embed_scale", 1.0))
 
 
 def alignment(base: Any, ridge: float = 1e-5) -> Float[Tensor, "width width"]:
@@ -224,14 +232,16 @@ def alignment(base: Any, ridge: float = 1e-5) -> Float[Tensor, "width width"]:
     W = (Wo' Wo + ridge I)^-1 Wo' Wi, with the output and input embeddings Wo and Wi (LatentMAS, section 3).
     """
     outputs = base.get_output_embeddings().weight.detach().double()
-    inputs = base.get_input_embeddings().weight.detach().double()
+    layer = base.get_input_embeddings()
+    inputs = layer.weight.detach().double() * layer_scale(layer)
     gram = outputs.T @ outputs + ridge * torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
     return torch.linalg.solve(gram, outputs.T @ inputs).float()
 
 
 def aligned(hidden: Float[Tensor, "rows width"], matrix: Tensor, base: Any) -> Float[Tensor, "rows width"]:
     """Hidden states as embeddings, rescaled to the mean length of the model's own."""
-    target = base.get_input_embeddings().weight.detach().float().norm(dim=1).mean()
+    layer = base.get_input_embeddings()
+    target = layer.weight.detach().float().norm(dim=1).mean() * layer_scale(layer)
     moved = hidden.float() @ matrix
     return moved * (target / moved.norm(dim=1, keepdim=True).clamp(min=1e-6))
 

@@ -27,6 +27,7 @@ from preconcert.models.latents import (
     alignment,
     embedding_scale,
     has_codec,
+    layer_scale,
     load_codec,
     save_codec,
 )
@@ -84,7 +85,8 @@ class Speech:
             raise ModelError(f"adapter {adapter!r} has a codec for latent messages already")
         near = None
         if len(question):
-            near = self.base.get_input_embeddings().weight.detach()[list(question)].mean(0)
+            layer = self.base.get_input_embeddings()
+            near = layer.weight.detach()[list(question)].mean(0) * layer_scale(layer)
         codec = LatentCodec(settings, self._width, embedding_scale(self.base), seed, near)
         if source is not None:
             original = self.codec(source)
@@ -103,7 +105,7 @@ class Speech:
             save_codec(self.codecs[adapter], folder)
 
     def load(self, adapter: str, folder: Path) -> None:
-        """Read an adapter's codec, if its folder has one, in the place of one it may have.
+        """Read an adapter's codec in the place of one it may have; a folder without one takes it away.
 
         Raises:
             ModelError: the file is unusable.
@@ -119,8 +121,9 @@ class Speech:
         return load_codec(folder, self._width) if has_codec(folder) else None
 
     def put(self, adapter: str, codec: LatentCodec | None) -> None:
-        """Give an adapter a codec, in the place of one it may have; None leaves it as it is."""
+        """Give an adapter a codec, in the place of one it may have; None takes that away."""
         if codec is None:
+            self.remove(adapter)
             return
         held = self.codecs.get(adapter)
         if held is not None and held.settings == codec.settings:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from preconcert.core import ModelError
 from preconcert.models.language_model import Placed
@@ -28,13 +28,27 @@ _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
+class _Scaled(nn.Embedding):
+    """Embeddings that are multiplied by a number, as the model's own layer does it."""
+
+    embed_scale = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of tokens."""
+        return super().forward(input) * torch.tensor(self.embed_scale, dtype=self.weight.dtype)
+
+
 class _Embeddings(nn.Module):
     """As much of a base model as reading latent messages takes."""
 
     def __init__(self, weight: Tensor, config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding.from_pretrained(weight, freeze=True)
+        scale = _scale(config)
+        layer = nn.Embedding if scale == 1.0 else _Scaled
+        self.tokens = layer.from_pretrained(weight, freeze=True)
+        if isinstance(self.tokens, _Scaled):
+            self.tokens.embed_scale = scale
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The input embeddings."""
@@ -73,6 +87,21 @@ class PromptEmbeddings:
         with self._alone, torch.no_grad(), self.speech.fills([adapter], [latents]):
             embedded: Tensor = self._inner.tokens(torch.tensor([prompt_ids]))
         return embedded[0]
+
+
+def _scale(config: PretrainedConfig) -> float:
+    """What the architecture's input embeddings are multiplied by: an engine takes prompts as they are after that."""
+    with torch.device("meta"):
+        layer = AutoModelForCausalLM.from_config(config).get_input_embeddings()
+    if type(layer) is nn.Embedding:
+        return 1.0
+    scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", None))
+    if isinstance(scale, int | float):
+        return float(scale)
+    raise ModelError(
+        f"latent messages on vLLM: input embeddings of type {type(layer).__name__} are not supported; "
+        "use rollout.engine=transformers"
+    )
 
 
 def _weight(base: Path) -> Tensor:

@@ -36,7 +36,7 @@ from preconcert.models.language_model import (
     SpeakRequest,
     Watched,
 )
-from preconcert.models.latents import LatentCodec, LatentSettings, has_codec
+from preconcert.models.latents import LatentCodec, LatentSettings
 from preconcert.models.loading import eos_ids
 from preconcert.models.transformers_model import TransformersModel
 from preconcert.models.vllm_adapters import AdapterEngine, AdapterStore, version_of
@@ -438,7 +438,7 @@ class VLLMModel:
         return self._embeddings.of(prompt, adapter, latents)
 
     def _read_codec(self, name: str) -> None:
-        if self._embeddings is not None and has_codec(self._store.folder(name)):
+        if self._embeddings is not None:
             self._embeddings.speech.load(name, self._store.folder(name))
 
     def _check(self, request: GenerateRequest | ScoreRequest | ChoiceRequest, tokens: int) -> None:

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from preconcert.core import TrainingError, derive_seed
 from preconcert.models import AdapterRoute, Fill, Fills, TransformersModel
+from preconcert.models.latents import layer_scale
 from preconcert.training.latent_lines import Line, Lines
 from preconcert.training.reporter import Reporter, Silent
 
@@ -274,7 +275,8 @@ class LatentStart:
                 vectors = codec.embedded(values.to(codec.queries.device))
                 fills.append(Fill.side_by_side(vectors, hearing, places))
                 said = [rows[row][1].words.get(sender, ()) for row in hearing]
-                distances.append(_distances(vectors, said, model.base.get_input_embeddings().weight))
+                layer = model.base.get_input_embeddings()
+                distances.append(_distances(vectors, said, layer.weight * layer_scale(layer)))
         device = model.device
         names = [self.seats[line.agent].adapter for _, line in rows]
         route, open_fills = AdapterRoute(model.base, names), Fills(model.base, fills)

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from preconcert.agents import AgentSettings
+from preconcert.agents.codecs import IntentionSettings
 from preconcert.core import ConfigError, UnknownNameError
-from preconcert.experiments.crossplay import cross_play, entrants_of, write_cross_play
+from preconcert.experiments.crossplay import Guests, cross_play, entrants_of, write_cross_play
 from preconcert.experiments.evaluation import evaluate
 from preconcert.experiments.terminal import arms_table, crossplay_table
 from preconcert.prompts import SpanSettings
 from preconcert.training.league import LeagueSettings
 from preconcert.training.recipe import Recipe
 from preconcert.training.run import train
-from tests.training.teams import recipe_of
+from tests.training.teams import load, recipe_of, settings_of, starter_checkpoint, team_on
 
 
 def recipe(task: str, league: dict[str, Any] | None, **params: Any) -> Recipe:
@@ -84,6 +85,17 @@ def test_cross_play_of_two_runs_is_played(dilemma: Path, poker: Path) -> None:
         cross_play([dilemma], ["grin"])
     with pytest.raises(ConfigError, match="nobody to meet"):
         cross_play([dilemma], [])
+
+
+def test_runs_that_talk_in_different_forms_do_not_meet(tmp_path: Path) -> None:
+    model = load(starter_checkpoint(tmp_path / "starter"))
+    own, plans = team_on(model), team_on(
+        model, settings_of().model_copy(update={"codec": IntentionSettings()})
+    )
+    others = ("agent_1",)
+    assert Guests([own, own]).message_slots(others) == own.message_slots(others) != ()
+    with pytest.raises(ConfigError, match=r"different forms: the first in .* words\), number 2 in "):
+        Guests([own, plans]).message_slots(others)
 
 
 def test_evaluation_says_what_a_strategy_is_worth(poker: Path) -> None:

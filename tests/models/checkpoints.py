@@ -1,4 +1,5 @@
-"""Tiny checkpoints made on the spot: Qwen3- and Llama-shaped, with a byte-level BPE tokenizer and a chat template."""
+"""Tiny checkpoints made on the spot, shaped like Qwen3, Llama and Gemma 3, with a byte-level BPE tokenizer and a chat
+template."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -50,7 +53,8 @@ def build_chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_chat_model(vocabulary_size: int, kind: str, seed: int, sliding_window: int | None = None) -> PreTrainedModel:
-    """Two layers of width 32; `qwen3` with grouped keys and tied embeddings, `llama` with a head of its own.
+    """Two layers of width 32; `qwen3` with grouped keys and tied embeddings, `llama` with a head of its own,
+    `gemma3` with tied embeddings that are multiplied by a number.
 
     With `sliding_window`, the second layer of `qwen3` sees that many tokens only.
     """
@@ -77,11 +81,13 @@ def build_chat_model(vocabulary_size: int, kind: str, seed: int, sliding_window:
             return Qwen3ForCausalLM(config).eval()
         if kind == "llama":
             return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).eval()
+        if kind == "gemma3":
+            return Gemma3ForCausalLM(Gemma3TextConfig(**shape, tie_word_embeddings=True)).eval()
     raise ValueError(f"unknown kind {kind!r}")
 
 
 def build_chat_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0) -> Path:
-    """Write a loadable checkpoint folder of kind `qwen3` or `llama`."""
+    """Write a loadable checkpoint folder of kind `qwen3`, `llama` or `gemma3`."""
     tokenizer = build_chat_tokenizer()
     build_chat_model(len(tokenizer), kind, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

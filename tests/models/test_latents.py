@@ -144,6 +144,10 @@ def test_codecs_are_saved_copied_and_deleted_with_their_adapters(talking: Transf
     talking.load_adapter("red", tmp_path / "red")
     assert say(talking, PROMPT) == before
     assert talking.codecs["red"].queries is parameter  # what an optimizer holds stays the same tensor
+    talking.add_adapter("wordy", 0)
+    talking.save_adapter("wordy", tmp_path / "wordy")
+    talking.load_adapter("red", tmp_path / "wordy")
+    assert "red" not in talking.codecs, "a folder without a codec is an adapter without one"
 
 
 def test_training_free_messages_are_embeddings(model: TransformersModel) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preconcert.core import ModelError
+from preconcert.core import Latent, ModelError
 from preconcert.models import (
     ChoiceRequest,
     GenerateRequest,
+    LatentSettings,
     LoraSettings,
+    Placed,
     ScoreRequest,
     SpeakRequest,
     TransformersModel,
@@ -27,7 +29,7 @@ from preconcert.models.vllm_instructions import GRAMMAR, ROWS, Row, Spelling, in
 from preconcert.models.vllm_model import VLLMModel
 from preconcert.models.vllm_start import read_base
 from preconcert.prompts.automaton import AutomatonBuilder
-from tests.models.checkpoints import WORDS
+from tests.models.checkpoints import WORDS, build_chat_checkpoint
 from tests.models.logits_engine import LogitsEngine
 from tests.models.vllm_worlds import LORA, build_base, build_reference, distance, grammars, requests
 
@@ -243,3 +245,22 @@ def test_prompts_are_embedded_in_the_type_that_the_engine_holds(
     exact = PromptEmbeddings(base, AutoConfig.from_pretrained(base))
     exact.speech.load("red", place / "red")
     assert torch.allclose(found.float(), exact.of(asked.prompt_ids, asked.adapter, asked.latents), atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3"])
+def test_prompts_are_embedded_as_the_models_own_layer_does_it(kind: str, dtype: str, tmp_path: Path) -> None:
+    folder = build_chat_checkpoint(tmp_path / kind, kind)
+    model = TransformersModel.load(folder, LORA, dtype=dtype)
+    model.add_adapter("red", 0)
+    model.add_codec("red", LatentSettings(tokens=2, dims=3), 0)
+    model.save_adapter("red", tmp_path / "red")
+    embeddings = PromptEmbeddings(folder, AutoConfig.from_pretrained(folder), dtype)
+    embeddings.speech.load("red", tmp_path / "red")
+    prompt, said = tuple(range(5, 15)), Latent(((0.5, -1.0, 0.0), (1.0, 0.5, -0.5)), 5)
+    own = model.base.get_input_embeddings()(torch.tensor([prompt]))[0]
+    found = embeddings.of(prompt, "red", (Placed(4, said),))
+    assert torch.equal(found[[0, 1, 2, 3, 6, 7, 8, 9]], own[[0, 1, 2, 3, 6, 7, 8, 9]])
+    said_norms, own_norms = found[4:6].float().norm(dim=1), own.float().norm(dim=1)
+    assert bool((said_norms > 0.1 * own_norms.mean()).all()), "a fresh codec's vectors are of the size of embeddings"
+    assert bool((said_norms < 10 * own_norms.mean()).all())
