@@ -25,9 +25,8 @@ class Candidate:
     action: str
     message: str | None
     score: float
-    """What its action was chosen by: the mean return, less what spread and disagreement weigh, and the less for how
-    seldom the policy proposes that action. Candidates that differ in their words alone share it; in a beam, plans do
-    not."""
+    """What it was chosen by: the mean return, less what spread and disagreement weigh, and more or less by how often
+    the policy proposed it."""
     mean: float
     """Mean imagined return."""
     spread: float

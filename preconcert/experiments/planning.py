@@ -329,9 +329,9 @@ PLANNING = Experiment(
         "The teams are small starter models after their warm start; whether planning still pays for a team that has "
         "learned to the end is not asked.",
         "Planners take their teammates to react, although those plan too.",
-        "What a candidate is worth (a lambda-return with lambda 0.5, and 0.2 times the logarithm of how often the "
-        "policy proposed its action), and that the action is chosen before its words, was tuned with one seed on "
-        "training layouts of the same tasks. All arms that search share it, the controls included.",
+        "What a candidate is worth (a lambda-return with lambda 0.5, and 0.05 times the logarithm of how often the "
+        "policy proposed it) was tuned with one seed on training layouts of the same tasks. All arms that search share "
+        "it, the controls included.",
         "The oracle arm searches with the same candidates, but to the end of the episode and by what is really paid "
         "there: its gain is what a perfect model and unlimited depth are worth together.",
         "Tokens are matched to best-of-K in the token model; beam and tree search write more or fewer, as the table "

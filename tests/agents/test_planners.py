@@ -25,17 +25,7 @@ from preconcert.agents.planners import (
     view_error,
     worst_return,
 )
-from preconcert.agents.planners.paths import Proposal, ranked, shares
-from preconcert.core import (
-    ImaginedStep,
-    Message,
-    Move,
-    Observation,
-    TaskLanguage,
-    View,
-    ViewField,
-    derive_seed,
-)
+from preconcert.core import ImaginedStep, Move, Observation, TaskLanguage, View, ViewField, derive_seed
 from preconcert.training.rollout import ScriptedPolicy
 from tests.agents.corridor import BEST, LANGUAGE, LENGTH, VIEW, Corridor, ExactModel, request_at, seen
 
@@ -162,27 +152,6 @@ def test_what_the_policy_seldom_proposes_must_look_better(name: str) -> None:
         assert other.action == "left"
         turned += turn.action != other.action
     assert turned > 0
-
-
-def proposal(action: str, words: str, count: int) -> Proposal:
-    [turn] = ScriptedPolicy("random").decide([request_at()])
-    return Proposal(replace(turn, action=action, message=Message("solo", (), words, 0.0, 1, 0)), None, count)
-
-
-def test_the_action_is_chosen_before_its_words() -> None:
-    """`left` is said in three ways, one of them a lucky one; `right` is better on average, and best in words `y`."""
-    said = (("left", "a", 1), ("left", "b", 2), ("right", "x", 4), ("right", "y", 1), ("left", "c", 1))
-    proposed = [proposal(*each) for each in said]
-    own = [(score, float(number), 0.0, 0.0) for number, score in enumerate((9.0, 1.0, 4.0, 5.0, 1.0))]
-    assert shares(proposed) == pytest.approx([4 / 9, 4 / 9, 5 / 9, 5 / 9, 4 / 9])
-    order, weighed = ranked(proposed, own, [each.count for each in proposed])
-    assert order == [3, 2, 0, 1, 4]
-    assert [score for score, *_ in weighed] == pytest.approx([3.0, 3.0, 4.2, 4.2, 3.0])
-    assert [each[1:] for each in weighed] == [each[1:] for each in own], "what each is worth by itself stays on record"
-    visits = [30, 1, 4, 1, 1]
-    assert ranked(proposed, own, visits)[0][0] == 0
-    assert ranked(proposed, own, [1, 1, 40, 1, 1], least=0.5)[0][0] == 3
-    assert ranked(proposed, own, [1, 8, 2, 1, 1], least=0.5)[0][0] == 0, "too little was spent on the better action"
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -15,7 +15,6 @@ from preconcert.agents.planners.paths import (
     Path,
     Plan,
     Proposal,
-    Weighed,
     advance,
     candidate,
     distinct,
@@ -40,13 +39,13 @@ class _Partial:
     count: int
     """How often the policy sampled the last turn."""
     share: float
-    """Of the policy's samples that proposed its first action."""
+    """Of the policy's samples that proposed its first move."""
     order: int
     """In which it was made, among those of its moment."""
     paths: list[Path]
     moves: list[Move]
     """The next move on each way that is not over."""
-    weighed: Weighed = (0.0, 0.0, 0.0, 0.0)
+    weighed: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
     @property
     def live(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Best of K: every candidate is followed by the policy's own turns; the action that is best on average is taken."""
+"""Best of K: every candidate is followed by the policy's own turns, and the best on average is taken."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from preconcert.agents.planners.paths import (
     ends,
     move_of,
     propose,
-    ranked,
     respond,
+    rounded,
     shares,
     start,
     weigh,
@@ -63,7 +63,7 @@ def best_of_k(
             weigh(paths, [last[id(path)] for path in paths], moment, settings.score, share)
             for paths, share in zip(own, shares(proposed), strict=True)
         ]
-        order, weighed = ranked(proposed, weighed, [proposal.count for proposal in proposed])
+        order = sorted(range(len(proposed)), key=lambda k: (-rounded(weighed[k][0]), -proposed[k].count, k))
         plans.append(
             Plan(
                 proposed[order[0]],

@@ -29,8 +29,6 @@ from preconcert.core import (
 
 Critic = Callable[[Sequence[TurnRequest]], Sequence[float]]
 """Values of imagined moments, for world models that have none."""
-Weighed = tuple[float, float, float, float]
-"""Score, mean, spread and disagreement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,48 +145,9 @@ def distinct(answers: Sequence[tuple[Turn, Any]]) -> list[Proposal]:
 
 
 def shares(proposals: Sequence[Proposal]) -> list[float]:
-    """Of the samples that were not malformed, the share that proposed the action of each, in whatever words."""
-    counts: dict[str, int] = {}
-    for proposal in proposals:
-        counts[proposal.move.action] = counts.get(proposal.move.action, 0) + proposal.count
-    total = sum(counts.values())
-    return [counts[proposal.move.action] / total for proposal in proposals]
-
-
-def ranked(
-    proposals: Sequence[Proposal], weighed: Sequence[Weighed], weights: Sequence[int], least: float = 0.0
-) -> tuple[list[int], list[Weighed]]:
-    """Which action, and then in which words?
-
-    Turns of one action differ in what they say. An action's score is the mean of its turns' by their weights: the best
-    of many noisy scores is often a lucky one, and an action that is said in many ways would have more tries at luck. Of
-    its turns the one that scores best by itself is taken.
-
-    Args:
-        proposals: the turns.
-        weighed: what each is worth by itself.
-        weights: how much was spent on each.
-        least: actions of less than this share of the heaviest action's weight come last.
-
-    Returns:
-        The places of the turns, best first; and what was weighed, with the score of the action.
-    """
-    actions = [proposal.move.action for proposal in proposals]
-    counts, spent, pooled = (dict.fromkeys(actions, 0.0) for _ in range(3))
-    for action, proposal, weight, (score, *_) in zip(actions, proposals, weights, weighed, strict=True):
-        counts[action] += proposal.count
-        spent[action] += weight
-        pooled[action] += weight * score
-    pooled = {action: rounded(total / spent[action]) for action, total in pooled.items()}
-    enough = least * max(spent.values())
-    order = sorted(
-        range(len(proposals)),
-        key=lambda k: (
-            spent[actions[k]] < enough, -pooled[actions[k]], -counts[actions[k]], actions.index(actions[k]),
-            -rounded(weighed[k][0]), -proposals[k].count, k,
-        ),
-    )  # fmt: skip
-    return order, [(pooled[action], *each[1:]) for action, each in zip(actions, weighed, strict=True)]
+    """Of the samples that were not malformed, the share that proposed each."""
+    total = sum(proposal.count for proposal in proposals)
+    return [proposal.count / total for proposal in proposals]
 
 
 def start(moment: Moment, proposal: Proposal, sample: int) -> Path:
@@ -240,7 +199,7 @@ def worst_of(moment: Moment, settings: ScoreSettings) -> float:
 
 def weigh(
     paths: Sequence[Path], last: Sequence[float | None], moment: Moment, settings: ScoreSettings, share: float = 1.0
-) -> Weighed:
+) -> tuple[float, float, float, float]:
     """Score, mean, spread and disagreement of the ways of one candidate.
 
     Args:
@@ -248,7 +207,7 @@ def weigh(
         last: values after their last steps, where the model has none.
         moment: the decision.
         settings: what a way is worth.
-        share: of the policy's samples that proposed its action.
+        share: of the policy's samples that proposed it.
     """
     worst = worst_of(moment, settings)
     returns = [return_of(path.steps, settings, worst, end) for path, end in zip(paths, last, strict=True)]
@@ -265,7 +224,7 @@ def rounded(score: float) -> float:
 
 
 def candidate(
-    move: Move, weighed: Weighed, shown: Path, visits: int, chosen: bool
+    move: Move, weighed: tuple[float, float, float, float], shown: Path, visits: int, chosen: bool
 ) -> Candidate:
     """The record of a candidate.
 

@@ -36,9 +36,9 @@ class ScoreSettings(BaseModel):
     """How much the standard deviation of a candidate's imagined returns counts against it."""
     disagreement_weight: float = Field(0.0, ge=0)
     """How much it counts against a candidate that its samples show different views."""
-    prior_weight: float = Field(0.2, ge=0)
-    """How much the logarithm of the share of samples in which the policy proposed an action counts for it. What is
-    imagined is noisy, and the best of many noisy scores is often a slip; this asks a rare action to look better by so
+    prior_weight: float = Field(0.05, ge=0)
+    """How much the logarithm of the share of samples in which the policy proposed a candidate counts for it. What is
+    imagined is noisy, and the best of many noisy scores is often a slip; this asks a rare turn to look better by so
     much more (the trade between value and divergence from the policy of Abdolmaleki et al. 2018)."""
 
 
@@ -58,7 +58,7 @@ class SearchSettings(BaseModel):
 
 
 class BestOfK(SearchSettings):
-    """Every candidate is followed by the policy's own turns; the action that is best on average is taken."""
+    """Every candidate is followed by the policy's own turns; the best on average is taken."""
 
     type: Literal["best-of-k"] = "best-of-k"
     """The kind of search."""

@@ -19,19 +19,17 @@ from preconcert.agents.planners.paths import (
     Path,
     Plan,
     Proposal,
-    Weighed,
     candidate,
     ends,
     propose,
-    ranked,
-    shares,
+    rounded,
 )
 from preconcert.agents.planners.scoring import differing, worst_return
 from preconcert.agents.planners.settings import Tree
 from preconcert.core import ImaginedStep, Move, Rehearsing, WorldModel, derive_seed
 
 _ROBUST = 0.5
-"""An action is only taken if it has this share of the most visited action's visits."""
+"""A turn is only taken if it has this share of the most visited turn's visits."""
 
 _TRIES = 4
 """Descents per leaf: those that end at a known end cost no imagined step, so others may follow."""
@@ -177,27 +175,27 @@ class _Tree:
             self.low, self.high = min(self.low, value), max(self.high, value)
 
     def settle(self) -> Plan:
-        """The best turn of the best action among those that were visited often enough."""
+        """The best turn among those that were visited often enough."""
         edges = [edge for edge in self.root.edges if edge.visits]
-        parts = shares([edge.proposal for edge in self.root.edges])
-        share = {id(edge): part for edge, part in zip(self.root.edges, parts, strict=True)}
-        order, weighed = ranked(
-            [edge.proposal for edge in edges],
-            [self._weigh(edge, share[id(edge)]) for edge in edges],
-            [edge.visits for edge in edges],
-            _ROBUST,
-        )
-        best = edges[order[0]]
-        return Plan(
-            best.proposal,
-            tuple(
-                candidate(edges[k].proposal.move, weighed[k], _likeliest(edges[k]), edges[k].visits, k == order[0])
-                for k in order
+        weighed = {id(edge): self._weigh(edge) for edge in edges}
+        most = max(edge.visits for edge in edges)
+        numbers = {id(edge): number for number, edge in enumerate(edges)}
+        order = sorted(
+            edges,
+            key=lambda e: (
+                e.visits < _ROBUST * most, -rounded(weighed[id(e)][0]), -e.proposal.count, numbers[id(e)]
             ),
-            tuple(_followed(node) for node in best.outcomes),
+        )  # fmt: skip
+        shown = {id(edge): _likeliest(edge) for edge in edges}
+        return Plan(
+            order[0].proposal,
+            tuple(
+                candidate(e.proposal.move, weighed[id(e)], shown[id(e)], e.visits, e is order[0]) for e in order
+            ),
+            tuple(_followed(node) for node in order[0].outcomes),
         )
 
-    def _weigh(self, edge: _Edge, share: float) -> Weighed:
+    def _weigh(self, edge: _Edge) -> tuple[float, float, float, float]:
         mean = edge.total / edge.visits
         spread = math.sqrt(max(0.0, edge.squares / edge.visits - mean * mean))
         seen = [node.path.steps[0] for node in edge.outcomes]
@@ -206,7 +204,7 @@ class _Tree:
         differ = differ if len(seen) > 1 else 0.0
         score = self.settings.score
         worth = mean - score.spread_weight * spread - score.disagreement_weight * differ
-        return worth + score.prior_weight * math.log(share), mean, spread, differ
+        return worth + score.prior_weight * math.log(edge.prior), mean, spread, differ
 
 
 def tree_search(
